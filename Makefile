@@ -3,6 +3,7 @@ PYTHON ?= python3.11
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
+PIP    := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
 .PHONY: demo test lint types contract check clean
 
@@ -24,11 +25,13 @@ contract: $(READY)
 
 check: lint types contract test
 
+# pip comes first, because the one that a new environment has cannot hold the build back end to the tested set;
+# torch second, so that nothing else decides which build of it is taken.
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	$(PIP) --upgrade pip
+	$(PIP) torch
+	$(PIP) --build-constraint constraints.txt --editable ".[dev]"
 	touch $(READY)
 
 clean:
