@@ -67,9 +67,9 @@ def test_arrays_are_read_only_copies() -> None:
 def test_dataframe_names_its_columns() -> None:
     table = _picks().to_dataframe()
     assert list(table.columns[:6]) == ["tomogram", "particle", "z", "y", "x", "score"]
-    assert table.loc[1, ["z", "y", "x"]].tolist() == [4.0, 5.5, 6.0]
+    assert table[["z", "y", "x"]].to_numpy()[1].tolist() == [4.0, 5.5, 6.0]
     matrix = table[[f"r{i}{j}" for i in range(3) for j in range(3)]].to_numpy().reshape(3, 3, 3)
-    np.testing.assert_array_equal(matrix, _picks().rotations)  # type: ignore[arg-type]
+    np.testing.assert_array_equal(matrix, _picks().rotations)
 
 
 def test_no_picks_are_picks() -> None:
