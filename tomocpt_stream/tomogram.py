@@ -1,0 +1,442 @@
+"""Any source as a lazy tomogram: opening reads the header, `read` brings one box as float32."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import operator
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
+
+import numpy as np
+import numpy.typing as npt
+import zarr
+from zarr.storage import LocalStore
+
+from tomocpt_stream.errors import SourceError
+from tomocpt_stream.frame import Box, Frame, Shape
+from tomocpt_stream.mrc import MrcFile
+from tomocpt_stream.omezarr import Missing, Place, as_voxels, check_dtype, open_zarr
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import dask.array as da  # noqa: TID251
+
+BeamAxis = Literal["z", "y"]
+
+SUFFIXES = (".gz", ".bz2", ".mrc", ".mrcs", ".rec", ".map", ".st", ".zarr", ".ome")
+ANISOTROPY = 0.01
+# What a header may claim, in Å: beyond it the number is a leftover of a program that filled nothing in.
+BELIEVABLE = (0.01, 1e5)
+PLANE_BYTES = 32 << 20
+
+
+class Voxels(Protocol):
+    """A source of voxels as z, y, x: what each kind of file offers to a Tomogram."""
+
+    @property
+    def shape(self) -> Shape:
+        """The shape as z, y, x."""
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The type of the values as stored."""
+
+    @property
+    def chunks(self) -> Shape:
+        """The box that reads best."""
+
+    def read(self, box: Box) -> npt.NDArray[np.float32]:
+        """Return the voxels of a box, an array of its own."""
+
+    def facts(self) -> dict[str, Any]:
+        """Return what the header states, as plain data."""
+
+    def identity(self) -> dict[str, Any]:
+        """Return plain data that change when the contents do."""
+
+    def remarks(self) -> list[str]:
+        """Return what was assumed."""
+
+
+class ArrayVoxels:
+    """The voxels of a numpy array, or of a dask array computed box by box."""
+
+    def __init__(self, array: Any, kind: str) -> None:
+        self.array = array
+        self.kind = kind
+        self.shape: Shape = (array.shape[0], array.shape[1], array.shape[2])
+        self.dtype: np.dtype[Any] = np.dtype(array.dtype)
+
+    @property
+    def chunks(self) -> Shape:
+        """Whole planes up to 32 MB of a numpy array, the largest block of a dask array."""
+        if self.kind == "dask array":
+            z, y, x = (max(sizes) for sizes in self.array.chunks)
+            return (z, y, x)
+        planes, rows, columns = self.shape
+        return (max(1, min(planes, PLANE_BYTES // (rows * columns * 4))), rows, columns)
+
+    def read(self, box: Box) -> npt.NDArray[np.float32]:
+        """Return the voxels of a box (z, y, x) as a float32 array of its own."""
+        found = self.array[box]
+        if self.kind == "dask array":
+            found = found.compute(scheduler="threads")
+        with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinite, which ingest reports
+            return np.array(found, dtype=np.float32, order="C")
+
+    def facts(self) -> dict[str, Any]:
+        """Return the kind of array."""
+        return {"kind": self.kind}
+
+    def identity(self) -> dict[str, Any]:
+        """Return a hash of a sample: at most 32 voxels an axis, or the name of a dask graph."""
+        if self.kind == "dask array":
+            return {"graph": str(self.array.name)}
+        sample = self.array[tuple(slice(None, None, max(1, math.ceil(n / 32))) for n in self.shape)]
+        return {"sample": hashlib.sha256(np.ascontiguousarray(sample).tobytes()).hexdigest()}
+
+    def remarks(self) -> list[str]:
+        """Return nothing: nothing was assumed."""
+        return []
+
+
+class Tomogram:
+    """A volume that is read box by box; opening it read no voxel.
+
+    `shape` (z, y, x) and `voxel_size` (Å) are those of the array as `read` returns it; `frame` says
+    where it lies in the file. `source` is the address, `dtype` the type of the stored values. A
+    tomogram can be pickled: a file travels by its address, an array in memory with its data.
+    `read` may be called from several threads.
+    """
+
+    def __init__(self, voxels: Voxels, frame: Frame, *, name: str, source: str, level: int = 0) -> None:
+        self.name = name
+        self.source = source
+        self.frame = frame
+        self.level = level
+        self._voxels = voxels
+
+    def __repr__(self) -> str:
+        size = f"{self.voxel_size:g}"
+        return f"Tomogram({self.name!r}, shape={self.shape}, voxel_size={size}, source={self.source!r})"
+
+    @property
+    def shape(self) -> Shape:
+        """The shape as read: z, y, x voxels."""
+        return self.frame.shape
+
+    @property
+    def voxel_size(self) -> float:
+        """The voxel size as read, in Å."""
+        return self.frame.voxel_size
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The type of the stored values; `read` returns float32 whatever it is."""
+        return self._voxels.dtype
+
+    @property
+    def chunks(self) -> Shape:
+        """The box (z, y, x voxels) that reads best; a hint."""
+        z, y, x = self._voxels.chunks
+        return (y, z, x) if self.frame.beam_axis == "y" else (z, y, x)
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """Plain data that are equal only for the same voxels read in the same way."""
+        return {
+            "source": self.source,
+            "level": self.level,
+            "beam_axis": self.frame.beam_axis,
+            "shape": list(self.shape),
+            "dtype": self.dtype.str,
+            "voxel_size": self.voxel_size,
+            **self._voxels.identity(),
+        }
+
+    def read(self, box: Box) -> npt.NDArray[np.float32]:
+        """Return the voxels of a box as a C-contiguous float32 array of its own.
+
+        Values are what the file holds, NaN and infinity included. `box` is three slices (z, y, x)
+        of step one with 0 <= start < stop <= length; a start or stop of None is the face.
+
+        Raises
+        ------
+        IndexError
+            The box leaves the volume or is empty.
+        SourceError
+            The voxels are not there or cannot be decoded.
+        """
+        z, y, x = _inside(box, self.shape)
+        if self.frame.beam_axis == "z":
+            return self._voxels.read((z, y, x))
+        # New z is file y; new y counts file z from the far face (frame.turn).
+        depth = self._voxels.shape[0]
+        found = self._voxels.read((slice(depth - y.stop, depth - y.start), z, x))
+        return np.ascontiguousarray(found[::-1].transpose(1, 0, 2))
+
+    def to_dask(self) -> da.Array:
+        """Return a float32 dask array whose blocks (`chunks`) are read when they are computed."""
+        import dask.array as da  # noqa: TID251
+
+        blocks: da.Array = da.map_blocks(
+            _read_block,
+            self,
+            chunks=da.core.normalize_chunks(self.chunks, self.shape),
+            dtype=np.float32,
+            meta=np.empty((0, 0, 0), np.float32),
+        )
+        return blocks
+
+    def describe(self) -> dict[str, Any]:
+        """Return the facts of the header and of what was made of them, as plain data."""
+        return {
+            "name": self.name,
+            "source": self.source,
+            "shape": list(self.shape),
+            "voxel_size": self.voxel_size,
+            "dtype": str(self.dtype),
+            "level": self.level,
+            "beam_axis": self.frame.beam_axis,
+            "file_shape": list(self.frame.file_shape),
+            "file_voxel_size": self.frame.file_voxel_size,
+            "chunks": list(self.chunks),
+            **self._voxels.facts(),
+        }
+
+    def remarks(self) -> list[str]:
+        """Return what a user should know before the tomogram is picked; empty when all is plain."""
+        found = list(self._voxels.remarks())
+        z, y, x = self.shape
+        if z > min(y, x):
+            hint = (
+                ', pass beam_axis="y" if the beam runs along y'
+                if y <= x and self.frame.beam_axis == "z"
+                else ""
+            )
+            found.append(f"z is not the thinnest axis (z {z}, y {y}, x {x} voxels){hint}")
+        if self.voxel_size == 1.0:
+            found.append("the voxel size is exactly 1 Å, which many programs write when they do not know it")
+        return found
+
+
+def open_tomogram(
+    source: object,
+    *,
+    voxel_size: float | None = None,
+    level: int = 0,
+    name: str | None = None,
+    beam_axis: BeamAxis = "z",
+    missing: Missing = "error",
+    storage_options: dict[str, Any] | None = None,
+) -> Tomogram:
+    """Return a lazy tomogram; only the header is read.
+
+    Parameters
+    ----------
+    source
+        Path of an MRC file (.mrc, .rec, .map, also .gz and .bz2), a zarr array or an OME-Zarr group
+        (format 2 or 3); a numpy, dask or zarr array with axes z, y, x.
+    voxel_size
+        Å, of the file's level 0; it wins over what the header states, and must be given for arrays.
+    level
+        Pyramid level of an OME-Zarr group; 0 is the finest.
+    name
+        What picks call the tomogram; the file's name without its suffixes when None.
+    beam_axis
+        "y" reads a volume that IMOD has not turned yet as if it had: new z is file y, new y counts
+        file z from the far face.
+    missing
+        "error", or "fill" to read absent zarr chunks as the array's fill value.
+    storage_options
+        For object stores.
+
+    Raises
+    ------
+    SourceError
+        Nothing is there, or it is no tomogram, or its voxel size is not known.
+    """
+    if beam_axis not in ("z", "y") or missing not in ("error", "fill"):
+        raise SourceError(
+            f"beam_axis is {beam_axis!r} and missing is {missing!r}",
+            expected='beam_axis "z" or "y", and missing "error" or "fill"',
+            remedy="pass one of these",
+        )
+    del storage_options  # a local source needs none
+    voxels, place, address, default_name = _open(source, level, missing)
+    if voxel_size is None:
+        size = _stated_size(place.voxel_sizes, address)
+    else:
+        size = _checked_size(voxel_size, address)
+    frame = _frame(voxels.shape, place, size, beam_axis, address)
+    return Tomogram(voxels, frame, name=name or default_name, source=address, level=level)
+
+
+def _open(source: object, level: int, missing: Missing) -> tuple[Voxels, Place, str, str]:
+    if isinstance(source, str | os.PathLike):
+        return _open_path(_local_path(os.fspath(source)), level, missing)
+    voxels: Voxels
+    if isinstance(source, zarr.Array):
+        voxels, address = as_voxels(source, missing, str(source.store_path)), str(source.store_path)
+    elif isinstance(source, np.ndarray) or _is_dask(source):
+        voxels, address = _array_voxels(source)
+    else:
+        raise SourceError(
+            f"the source is a {type(source).__name__}",
+            expected="a path, or a numpy, zarr or dask array",
+            remedy="pass one of these",
+        )
+    _refuse_level(level, address)
+    return voxels, Place(voxels.shape), address, "tomogram"
+
+
+def _open_path(path: Path, level: int, missing: Missing) -> tuple[Voxels, Place, str, str]:
+    address, name = str(path), _name(path)
+    if path.is_dir():
+        voxels, place = open_zarr(LocalStore(path, read_only=True), "", level, missing, address)
+        return voxels, place, address, name
+    if not path.exists():
+        raise SourceError(
+            f"there is no file {address}", expected="a tomogram", remedy="check the path and its spelling"
+        )
+    _refuse_level(level, address)
+    file = MrcFile(path)
+    return file, Place(file.shape, file.header.voxel_sizes), address, name
+
+
+def _local_path(source: str | bytes) -> Path:
+    text = os.fsdecode(source)
+    if "://" in text:
+        parts = urlsplit(text)
+        if parts.scheme != "file":
+            raise SourceError(
+                f"{text} is an address of an object store or a web server",
+                expected="a local path or a file:// address",
+                remedy="copy or mount the tomogram first; remote addresses are not read yet",
+            )
+        text = url2pathname(parts.path)
+    return Path(text).expanduser().resolve()
+
+
+def _name(path: Path) -> str:
+    # An array inside an image is called by its level; the image's name says more.
+    while path.name.isdigit() and path.parent.suffix in SUFFIXES:
+        path = path.parent
+    name = path.name
+    while (suffix := Path(name).suffix.lower()) in SUFFIXES and len(name) > len(suffix):
+        name = name[: -len(suffix)]
+    return name
+
+
+def _is_dask(source: object) -> bool:
+    # A dask array exists only where dask is imported already.
+    module = sys.modules.get("dask.array")
+    return module is not None and isinstance(source, module.Array)
+
+
+def _array_voxels(array: Any) -> tuple[Voxels, str]:
+    kind = "numpy array" if isinstance(array, np.ndarray) else "dask array"
+    if array.ndim != 3 or 0 in array.shape:
+        raise SourceError(
+            f"the {kind} has shape {array.shape}",
+            expected="three axes z, y, x, none of them empty",
+            remedy="pass one volume",
+        )
+    check_dtype(np.dtype(array.dtype), f"the {kind}")
+    return ArrayVoxels(array, kind), kind
+
+
+def _refuse_level(level: int, address: str) -> None:
+    if level != 0:
+        raise SourceError(
+            f"{address} has no level {level}", expected="level 0, the only one", remedy="leave level out"
+        )
+
+
+def _checked_size(voxel_size: float, address: str) -> float:
+    size = float(voxel_size)
+    if not (math.isfinite(size) and size > 0):
+        raise SourceError(
+            f"voxel_size for {address} is {voxel_size}",
+            expected="a positive length in Å",
+            remedy="pass it in Å",
+        )
+    return size
+
+
+def _stated_size(stated: tuple[float, float, float] | None, address: str) -> float:
+    """Return the voxel size that a header states, if it is one number and can be believed."""
+    low, high = BELIEVABLE
+    if stated is None or not all(low <= size <= high for size in stated):
+        raise SourceError(
+            f"{address} states no voxel size in a unit of length"
+            + (f" (z, y, x: {stated})" if stated else ""),
+            expected=f"one between {low:g} and {high:g} Å",
+            remedy="pass voxel_size in Å",
+        )
+    if max(stated) / min(stated) - 1 > ANISOTROPY:
+        raise SourceError(
+            f"{address} states voxel sizes of {stated[0]:g}, {stated[1]:g}, {stated[2]:g} Å along z, y, x",
+            expected=f"one voxel size, within {ANISOTROPY:.0%}, along all axes",
+            remedy="pass voxel_size in Å if the voxels are cubes, else resample the tomogram",
+        )
+    size = float(f"{math.fsum(stated) / 3:.7g}")
+    if size == 1.0:
+        warnings.warn(
+            f"{address} states a voxel size of exactly 1 Å, which many programs write when they do not"
+            " know it; pass voxel_size in Å to be sure",
+            UserWarning,
+            stacklevel=3,
+        )
+    return size
+
+
+def _frame(shape: Shape, place: Place, size: float, beam_axis: BeamAxis, address: str) -> Frame:
+    if max(place.scale) / min(place.scale) - 1 > ANISOTROPY:
+        raise SourceError(
+            f"this level of {address} is coarser by {place.scale} along z, y, x",
+            expected="one factor along all axes",
+            remedy="pass another level",
+        )
+    scale, shift = place.scale, place.shift
+    if beam_axis == "y":
+        # y' = n - 1 - z in level 0 and, with its own length, in this level.
+        far = place.file_shape[0] - 1 - (shape[0] - 1) * scale[0] - shift[0]
+        shape = (shape[1], shape[0], shape[2])
+        scale, shift = (scale[1], scale[0], scale[2]), (shift[1], far, shift[2])
+    return Frame(
+        shape=shape,
+        voxel_size=float(f"{size * math.fsum(scale) / 3:.9g}"),
+        file_shape=place.file_shape,
+        file_voxel_size=size,
+        beam_axis=beam_axis,
+        level_scale=scale,
+        level_shift=shift,
+    )
+
+
+def _inside(box: Sequence[slice], shape: Shape) -> Box:
+    """Return a box with plain integers, if it lies inside and is not empty."""
+    if len(box) != 3 or not all(isinstance(where, slice) for where in box):
+        raise IndexError(f"a box is a tuple of three slices, found {box!r}")
+    found = []
+    for where, length in zip(box, shape, strict=True):
+        start = 0 if where.start is None else operator.index(where.start)
+        stop = length if where.stop is None else operator.index(where.stop)
+        if where.step not in (None, 1) or not 0 <= start < stop <= length:
+            raise IndexError(f"box {box} is empty, has a step or leaves the volume of shape {shape}")
+        found.append(slice(start, stop))
+    return (found[0], found[1], found[2])
+
+
+def _read_block(tomogram: Tomogram, block_info: Any = None) -> npt.NDArray[np.float32]:
+    """Return the voxels of one block of `Tomogram.to_dask`."""
+    z, y, x = (slice(start, stop) for start, stop in block_info[None]["array-location"])
+    return tomogram.read((z, y, x))
