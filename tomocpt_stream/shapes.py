@@ -1,0 +1,357 @@
+"""Densities of single particles: analytic solids, procedural blobs, and density maps read from a file.
+
+A solid is a signed distance (negative inside) in its own units. It is scaled so that its longest
+axis, the greatest distance between two points of its surface, has the length that is asked for.
+Density has the unit "body of a protein above ice".
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from scipy import ndimage
+from scipy.spatial import ConvexHull
+from scipy.spatial.distance import pdist
+
+from tomocpt_stream.errors import SourceError
+from tomocpt_stream.tomogram import open_tomogram
+
+Field = npt.NDArray[np.float32]
+Vector = tuple[float, float, float]
+Distance = Callable[[Field], Field]
+
+OVERSAMPLING = 2
+"""Template voxels along one voxel of the phantom."""
+
+TEXTURE = 0.3
+"""Standard deviation of the density inside a solid, relative to its mean: folds and domains."""
+
+TEXTURE_LENGTH = 12.0
+"""Standard deviation (Å) of the Gaussian that correlates the texture."""
+
+EDGE = 4.0
+"""Width (Å) of the logistic edge of a solid."""
+
+BLOB = "blob:"
+MAP_SUFFIXES = (".mrc", ".map", ".rec", ".mrc.gz", ".map.gz")
+
+
+def _vector(values: npt.ArrayLike) -> Field:
+    return np.asarray(values, dtype=np.float32)
+
+
+def _norm(p: Field) -> Field:
+    # Written out: BLAS may sum in another order with another number of threads.
+    length: Field = np.sqrt(p[..., 0] ** 2 + p[..., 1] ** 2 + p[..., 2] ** 2)
+    return length
+
+
+def _ellipsoid(p: Field, axes: Vector, at: Vector = (0.0, 0.0, 0.0)) -> Field:
+    """Return the usual first-order distance to an ellipsoid, exact on its surface."""
+    scaled = (p - _vector(at)) / _vector(axes)
+    near = _norm(scaled)
+    slope = np.maximum(_norm(scaled / _vector(axes)), np.float32(1e-6))
+    distance = near * (near - np.float32(1)) / slope
+    # At the very centre the quotient is 0/0; the distance there is minus the shortest half-axis.
+    return np.where(near < 1e-3, np.float32(-min(axes)), distance).astype(np.float32)
+
+
+def _ball(p: Field, radius: float, at: Vector = (0.0, 0.0, 0.0)) -> Field:
+    return _norm(p - _vector(at)) - np.float32(radius)
+
+
+def _capsule(p: Field, start: Vector, end: Vector, radius: float) -> Field:
+    axis = _vector(end) - _vector(start)
+    along = ((p - _vector(start)) * axis).sum(axis=-1) / (axis * axis).sum()
+    foot = _vector(start) + np.clip(along, 0, 1)[..., None] * axis
+    return _norm(p - foot) - np.float32(radius)
+
+
+def _torus(p: Field, major: float, minor: float, height: float = 0.0) -> Field:
+    ring = np.hypot(p[..., 0], p[..., 1]) - np.float32(major)
+    distance: Field = np.hypot(ring, p[..., 2] - np.float32(height)) - np.float32(minor)
+    return distance
+
+
+def _cylinder(p: Field, radius: float, half: float, rounding: float = 0.08) -> Field:
+    side = np.hypot(p[..., 0], p[..., 1]) - np.float32(radius - rounding)
+    cap = np.abs(p[..., 2]) - np.float32(half - rounding)
+    outside = np.hypot(np.maximum(side, 0), np.maximum(cap, 0))
+    distance: Field = outside + np.minimum(np.maximum(side, cap), 0) - np.float32(rounding)
+    return distance
+
+
+def _brick(p: Field, half: Vector, rounding: float = 0.1) -> Field:
+    q = np.abs(p) - _vector([h - rounding for h in half])
+    distance: Field = _norm(np.maximum(q, 0)) + np.minimum(q.max(axis=-1), 0) - np.float32(rounding)
+    return distance
+
+
+def _union(*parts: Field) -> Field:
+    nearest: Field = np.minimum.reduce(parts)
+    return nearest
+
+
+def _cut(body: Field, hole: Field) -> Field:
+    rest: Field = np.maximum(body, -hole)
+    return rest
+
+
+def _balls(p: Field, centres: tuple[Vector, ...], radii: tuple[float, ...]) -> Field:
+    return _union(*(_ball(p, radius, at) for at, radius in zip(centres, radii, strict=True)))
+
+
+def _spokes(p: Field, ends: tuple[Vector, ...], radius: float) -> Field:
+    return _union(*(_capsule(p, (0.0, 0.0, 0.0), end, radius) for end in ends))
+
+
+_CORNERS = ((0.6, 0.6, 0.6), (0.6, -0.6, -0.6), (-0.6, 0.6, -0.6), (-0.6, -0.6, 0.6))
+_POLES = (
+    (0.7, 0.0, 0.0),
+    (-0.7, 0.0, 0.0),
+    (0.0, 0.7, 0.0),
+    (0.0, -0.7, 0.0),
+    (0.0, 0.0, 0.7),
+    (0.0, 0.0, -0.7),
+)
+_TRIGON = ((0.55, 0.0, 0.0), (-0.275, 0.476, 0.0), (-0.275, -0.476, 0.0))
+
+_TRAIN: dict[str, Distance] = {
+    "globule": lambda p: _ellipsoid(p, (1.0, 0.85, 0.75)),
+    "shell": lambda p: _cut(_ball(p, 1.0), _ball(p, 0.68)),
+    "torus": lambda p: _torus(p, 0.66, 0.34),
+    "barrel": lambda p: _cut(_cylinder(p, 0.62, 0.78), _cylinder(p, 0.26, 1.2)),
+    "dumbbell": lambda p: _union(
+        _balls(p, ((0.0, 0.0, 0.55), (0.0, 0.0, -0.6)), (0.45, 0.4)),
+        _capsule(p, (0.0, 0.0, -0.6), (0.0, 0.0, 0.55), 0.2),
+    ),
+    "disc": lambda p: _cylinder(p, 1.0, 0.3, 0.15),
+    "tetrahedron": lambda p: _balls(p, _CORNERS, (0.48, 0.48, 0.48, 0.48)),
+    "wye": lambda p: _spokes(p, ((0.8, 0.0, 0.0), (-0.4, 0.7, 0.0), (-0.4, -0.7, 0.0)), 0.28),
+    "rod": lambda p: _capsule(p, (0.0, 0.0, -0.68), (0.0, 0.0, 0.68), 0.32),
+    "domains": lambda p: _balls(
+        p, ((0.0, 0.0, 0.0), (0.5, 0.25, 0.1), (-0.2, 0.55, 0.3), (-0.1, -0.35, 0.6)), (0.5, 0.38, 0.3, 0.34)
+    ),
+}
+_HELD_OUT: dict[str, Distance] = {
+    "octahedron": lambda p: _balls(p, _POLES, (0.4,) * 6),
+    "horseshoe": lambda p: _cut(_torus(p, 0.66, 0.34), _brick(p - _vector((0.8, 0, 0)), (0.8, 0.35, 0.6))),
+    "bowl": lambda p: _cut(
+        _cut(_ball(p, 1.0), _ball(p, 0.6)), _brick(p - _vector((0, 0, 1.1)), (1.2, 1.2, 0.9))
+    ),
+    "rings": lambda p: _union(*(_torus(p, 0.42, 0.22, height) for height in (-0.66, -0.22, 0.22, 0.66))),
+    "mushroom": lambda p: _union(
+        _ellipsoid(p, (0.85, 0.85, 0.4), (0.0, 0.0, 0.5)),
+        _capsule(p, (0.0, 0.0, -0.6), (0.0, 0.0, 0.5), 0.26),
+    ),
+    "tripod": lambda p: _spokes(p, ((0.7, 0.0, -0.5), (-0.35, 0.6, -0.5), (-0.35, -0.6, -0.5)), 0.3),
+    "trefoil": lambda p: _union(*(_ellipsoid(p, (0.48, 0.48, 0.75), at) for at in _TRIGON)),
+    "subunits": lambda p: _union(
+        _ellipsoid(p, (0.8, 0.7, 0.62), (0.0, 0.0, 0.25)),
+        _ellipsoid(p, (0.68, 0.42, 0.34), (0.1, 0.0, -0.62)),
+    ),
+    "cross": lambda p: _union(
+        _capsule(p, (0.0, 0.0, -0.7), (0.0, 0.0, 0.7), 0.3),
+        _capsule(p, (0.0, -0.5, 0.2), (0.0, 0.5, 0.2), 0.28),
+    ),
+}
+_DISTRACTORS: dict[str, Distance] = {
+    "brick": lambda p: _brick(p, (0.5, 0.6, 0.7)),
+    "pebble": lambda p: _ellipsoid(p, (1.0, 0.7, 0.5)),
+    "bean": lambda p: _union(
+        _capsule(p, (-0.55, 0.0, 0.0), (0.0, 0.3, 0.0), 0.4),
+        _capsule(p, (0.0, 0.3, 0.0), (0.55, 0.0, 0.0), 0.4),
+    ),
+    "peanut": lambda p: _balls(p, ((0.0, 0.0, 0.45), (0.0, 0.0, -0.45)), (0.5, 0.5)),
+    "bead": lambda p: _ball(p, 1.0),
+    "filament": lambda p: _capsule(p, (0.0, 0.0, -0.87), (0.0, 0.0, 0.87), 0.13),
+}
+_SOLIDS = _TRAIN | _HELD_OUT | _DISTRACTORS
+
+SHAPES_TRAIN: tuple[str, ...] = tuple(_TRAIN)
+"""Named solids that a picker may be trained on; "blob:<seed>" belongs to training as well."""
+
+SHAPES_HELD_OUT: tuple[str, ...] = tuple(_HELD_OUT)
+"""Named solids kept for validation; no picker that the package ships has seen them."""
+
+SHAPES_DISTRACTOR: tuple[str, ...] = ("brick", "pebble", "bean", "peanut")
+"""Named solids used as distractors; "filament" and "bead" have roles of their own."""
+
+
+def _blob(p: Field, seed: int) -> Field:
+    """Return a procedural solid: a chain of ellipsoidal domains, alone or copied round an axis."""
+    rng = np.random.default_rng([seed, 0xB10B])
+    domains = int(rng.integers(2, 9))
+    copies = int(rng.choice([1, 1, 1, 2, 3, 4, 5, 7]))
+    # Copies lie 0.3 to 0.5 units apart, less than two half-axes: nothing falls to pieces.
+    offset = float(rng.uniform(0.15, 0.25) / np.sin(np.pi / copies)) if copies > 1 else 0.0
+    at = np.array([offset, 0.0, 0.0])
+    parts: list[tuple[Vector, Vector]] = []
+    for _ in range(domains if copies == 1 else max(1, domains // 2)):
+        axes = rng.uniform(0.28, 0.55, size=3)
+        parts.append(
+            ((float(at[0]), float(at[1]), float(at[2])), (float(axes[0]), float(axes[1]), float(axes[2])))
+        )
+        step = rng.normal(size=3)
+        at = at + step / np.linalg.norm(step) * rng.uniform(0.3, 0.5)
+        at *= min(1.0, 1.8 / float(np.linalg.norm(at)))
+    hollow = float(rng.uniform(0.25, 0.5)) if rng.random() < 0.2 else 0.0
+    shrink = np.float32(2.0)  # chains reach 1.8 + 0.55 units; the survey grid ends at 1.25
+    distances = [
+        _ellipsoid(_turned(p * shrink, 2 * np.pi * copy / copies), axes, centre) / shrink
+        for copy in range(copies)
+        for centre, axes in parts
+    ]
+    body = _union(*distances)
+    # A ball cut out of the middle leaves assemblies with a hole, as rings and cages have.
+    return _cut(body, _ball(p * shrink, hollow) / shrink) if hollow and copies > 1 else body
+
+
+def _turned(p: Field, angle: float) -> Field:
+    cos, sin = np.float32(np.cos(angle)), np.float32(np.sin(angle))
+    x, y, z = p[..., 0], p[..., 1], p[..., 2]
+    return np.stack([cos * x + sin * y, cos * y - sin * x, z], axis=-1)
+
+
+def solid(kind: str) -> Distance:
+    """Return the signed distance of a named solid or of "blob:<seed>"; points are (..., 3).
+
+    Raises
+    ------
+    SourceError
+        When no solid has this name.
+    """
+    if kind.startswith(BLOB) and kind[len(BLOB) :].isdigit():
+        return partial(_blob, seed=int(kind[len(BLOB) :]))
+    if kind not in _SOLIDS:
+        raise SourceError(
+            f"particle kind {kind!r}",
+            expected=f"{', '.join(_SOLIDS)}, blob:<seed>, or the path of a map ({', '.join(MAP_SUFFIXES)})",
+            remedy="correct the name, or give the path of a density map",
+        )
+    return _SOLIDS[kind]
+
+
+@dataclass(frozen=True, eq=False)
+class Template:
+    """A particle's density, (z, y, x) float32 at `pitch` Å per template voxel.
+
+    `centre` is the centre of mass (zyx, template voxels), `radius` the distance (Å) from it to the
+    farthest point of the particle, `diameter` its longest axis (Å).
+    """
+
+    kind: str
+    density: Field
+    pitch: float
+    centre: tuple[float, float, float]
+    radius: float
+    diameter: float
+
+
+def is_map(kind: str) -> bool:
+    """Return whether a particle kind names a density-map file."""
+    return kind.lower().endswith(MAP_SUFFIXES)
+
+
+@lru_cache(maxsize=64)
+def solid_template(kind: str, diameter: float, voxel_size: float) -> Template:
+    """Return the template of a solid whose longest axis is `diameter` Å, for a phantom of `voxel_size` Å."""
+    distance = solid(kind)
+    extent, middle, reach = _survey(kind)
+    scale = diameter / extent  # Å per unit
+    pitch = voxel_size / OVERSAMPLING
+    half = int(np.ceil((reach * scale + 2 * voxel_size) / pitch)) + 1
+    axis = (np.arange(-half, half + 1, dtype=np.float32) * np.float32(pitch / scale)).astype(np.float32)
+    zz, yy, xx = np.meshgrid(axis, axis, axis, indexing="ij")
+    points = np.stack(
+        [xx + np.float32(middle[0]), yy + np.float32(middle[1]), zz + np.float32(middle[2])], axis=-1
+    )
+    edge = np.clip(distance(points) * np.float32(scale / EDGE), -30, 30)
+    density = _texture(kind, edge.shape, pitch) / (1 + np.exp(edge))
+    return _finish(kind, density.astype(np.float32), pitch, diameter)
+
+
+def map_template(path: str, diameter: float | None, voxel_size: float) -> Template:
+    """Return the template of a density-map file, for a phantom of `voxel_size` Å.
+
+    The map keeps its size in Å; with `diameter` (Å) its longest axis is scaled to it. The density
+    is divided by its body (mean of the voxels above half the 99.9th percentile of the positive
+    ones); what is below 5 % of the body (solvent noise, ripples) becomes zero.
+
+    Raises
+    ------
+    SourceError
+        When the file cannot be read, or holds no density.
+    """
+    tomogram = open_tomogram(Path(path))
+    nz, ny, nx = tomogram.shape
+    density = tomogram.read((slice(0, nz), slice(0, ny), slice(0, nx)))
+    positive = density[density > 0]
+    if not positive.size:
+        raise SourceError(
+            f"{path}: no voxel above zero",
+            expected="density of a particle above zero",
+            remedy="negate the map",
+        )
+    body = positive[positive > 0.5 * np.percentile(positive, 99.9)].mean(dtype=np.float64)
+    density = density / np.float32(body)
+    density[density < 0.05] = 0
+    longest = _longest(np.argwhere(density > 0.3).astype(np.float64)) * tomogram.voxel_size
+    stretch = 1.0 if diameter is None else diameter / longest
+    source, pitch = tomogram.voxel_size * stretch, voxel_size / OVERSAMPLING
+    if pitch > source:  # coarser template: what it cannot hold must go first
+        density = ndimage.gaussian_filter(density, 0.5 * pitch / source)
+    room = np.array(density.shape) * source + 4 * voxel_size
+    shape = tuple(int(n) for n in np.ceil(room / pitch))
+    ratio = pitch / source
+    offset = (np.array(density.shape) - 1) / 2 - ratio * (np.array(shape) - 1) / 2
+    sampled = ndimage.affine_transform(density, np.full(3, ratio), offset, output_shape=shape, order=3)
+    sampled = np.maximum(sampled, 0)
+    return _finish(Path(path).name.split(".")[0], sampled, pitch, longest * stretch)
+
+
+@lru_cache(maxsize=256)
+def _survey(kind: str) -> tuple[float, Vector, float]:
+    """Return a solid's longest axis, the middle of its box (xyz) and its reach from there, in its units."""
+    axis = np.linspace(-1.25, 1.25, 101, dtype=np.float32)
+    points = np.stack(np.meshgrid(axis, axis, axis, indexing="ij"), axis=-1)
+    inside = points[solid(kind)(points) < 0].astype(np.float64)
+    step = float(axis[1] - axis[0])
+    middle = (inside.min(axis=0) + inside.max(axis=0)) / 2
+    reach = float(np.linalg.norm(inside - middle, axis=1).max()) + step
+    # The surface lies half a step beyond the outermost points on average.
+    return _longest(inside) + step, (float(middle[0]), float(middle[1]), float(middle[2])), reach
+
+
+def _longest(points: npt.NDArray[np.float64]) -> float:
+    corners = points[ConvexHull(points).vertices]
+    return float(pdist(corners).max())
+
+
+def _texture(kind: str, shape: tuple[int, ...], pitch: float) -> Field:
+    rng = np.random.default_rng([zlib.crc32(kind.encode()), 0x7E47])
+    rough = ndimage.gaussian_filter(rng.standard_normal(shape, dtype=np.float32), TEXTURE_LENGTH / pitch)
+    rough /= np.float32(rough.std(dtype=np.float64))
+    texture: Field = np.maximum(1 + np.float32(TEXTURE) * rough, np.float32(0.1)).astype(np.float32)
+    return texture
+
+
+def _finish(kind: str, density: Field, pitch: float, diameter: float) -> Template:
+    """Band-limit a template for sampling at OVERSAMPLING times its pitch and measure it."""
+    smooth: Field = ndimage.gaussian_filter(density, 0.5 * OVERSAMPLING).astype(np.float32)
+    smooth[smooth < 1e-3] = 0
+    weights = smooth.astype(np.float64)
+    mass = weights.sum()
+    centre = [
+        float((weights.sum(axis=tuple(k for k in range(3) if k != axis)) @ np.arange(n)) / mass)
+        for axis, n in enumerate(weights.shape)
+    ]
+    body = np.argwhere(smooth > 0.3)
+    radius = float(np.linalg.norm(body - np.array(centre), axis=1).max()) * pitch
+    return Template(kind, smooth, pitch, (centre[0], centre[1], centre[2]), radius, diameter)
