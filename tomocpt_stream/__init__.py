@@ -69,7 +69,7 @@ _HOME = {
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
-__all__ = sorted(_MODULE_OF)  # noqa: PLE0605  (computed from the one table of names)
+__all__ = sorted(_MODULE_OF)
 
 
 def __getattr__(name: str) -> object:

@@ -46,7 +46,7 @@ class Frame:
     def to_file(self, source: npt.ArrayLike) -> Points:
         """Return (n, 3) zyx file voxels (level 0, file axes) of (n, 3) zyx source voxels."""
         points = np.asarray(source, dtype=np.float64).reshape(-1, 3)
-        points = points * np.asarray(self.level_scale) + np.asarray(self.level_shift)
+        points = points * np.array(self.level_scale) + np.array(self.level_shift)
         return turn_back(points, self.file_shape) if self.beam_axis == "y" else points
 
     def to_source(self, file: npt.ArrayLike) -> Points:
@@ -54,7 +54,8 @@ class Frame:
         points = np.asarray(file, dtype=np.float64).reshape(-1, 3)
         if self.beam_axis == "y":
             points = turn(points, self.file_shape)
-        return (points - np.asarray(self.level_shift)) / np.asarray(self.level_scale)
+        source: Points = (points - np.array(self.level_shift)) / np.array(self.level_scale)
+        return source
 
     def to_json(self) -> dict[str, Any]:
         """Return the frame as plain data."""
@@ -63,7 +64,9 @@ class Frame:
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Frame:
         """Rebuild a frame from `to_json`."""
-        fields = {key: tuple(value) if isinstance(value, list) else value for key, value in data.items()}
+        fields: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in data.items()
+        }
         return cls(**fields)
 
 
@@ -117,7 +120,9 @@ class Grid:
         return cls(tuple(data["shape"]), float(data["voxel_size"]), tuple(data["scale"]))
 
 
-def working_grid(source_shape: Shape, source_voxel_size: float, voxel_size: float, rule: Rule = "bspline") -> Grid:
+def working_grid(
+    source_shape: Shape, source_voxel_size: float, voxel_size: float, rule: Rule = "bspline"
+) -> Grid:
     """Return the working grid of a source at `voxel_size` Å.
 
     "bspline": shape = ceil(shape * v / t - 1e-6), scale t / v on every axis; t = v is the identity.
