@@ -91,7 +91,7 @@ def test_tasks_score_all_that_contributes_and_read_all_it_sees(
 def test_reflection_is_numpys(start: Any, count: Any, length: Any) -> None:
     axis = np.arange(length)
     pad = 700
-    mode = "reflect" if length > 1 else "edge"
+    mode: Any = "reflect" if length > 1 else "edge"
     expected = np.pad(axis, pad, mode=mode)[pad + start : pad + start + count]
     np.testing.assert_array_equal(reflect(start, start + count, length), expected)
 

@@ -35,7 +35,7 @@ def test_hann_is_the_bell_without_its_zero_ends() -> None:
     np.testing.assert_allclose(three[1][10:16] / three[2][0:6], bell[10:16] / bell[0:6])
 
 
-def _run(shape, stitch, memory, chunk, left_out=(), seed=0):
+def _run(shape: Any, stitch: Any, memory: Any, chunk: int, left_out: Any = (), seed: int = 0) -> Any:
     """Stitch random windows (the same for the same lattice index) by every task of a plan."""
     plan = plan_blocks(shape, WINDOW, stitch=stitch, memory=memory, chunk=chunk)
     result = np.full(shape, np.nan, dtype=np.float32)
@@ -66,7 +66,7 @@ def _run(shape, stitch, memory, chunk, left_out=(), seed=0):
     return plan, result, scored
 
 
-def _dense(shape, stitch, left_out=(), seed=0):
+def _dense(shape: Any, stitch: Any, left_out: Any = (), seed: int = 0) -> Any:
     """The definition, voxel by voxel, in float64: the weighted mean of the windows that were scored."""
     weights = [axis_weights(n, WINDOW, axis, stitch) for axis, n in enumerate(shape)]
     total, weight = np.zeros(shape), np.zeros(shape)
