@@ -25,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tomocpt_stream.errors import SourceError
+from tomocpt_stream.voxels import planes
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -38,7 +39,6 @@ IMOD_STAMP = 1146047817
 IMOD_SIGNED_BYTES = 1
 # A longest edge far beyond any camera: what separates a size from one read in the wrong byte order.
 LONGEST_EDGE = 1 << 20
-PLANE_BYTES = 32 << 20
 SAMPLE_BYTES = 1 << 16
 
 _TYPES = {0: "i1", 1: "i2", 2: "f4", 6: "u2", 12: "f2"}
@@ -319,9 +319,7 @@ class MrcFile:
     @property
     def chunks(self) -> Shape:
         """The box that reads best: whole sections of the file, up to 32 MB of them."""
-        sections, rows, columns = self.header.file_shape
-        depth = max(1, min(sections, PLANE_BYTES // (rows * columns * 4)))
-        best = (depth, rows, columns)
+        best = planes(self.header.file_shape)
         z, y, x = self.header.order
         return (best[z], best[y], best[x])
 

@@ -6,31 +6,27 @@ OME-Zarr metadata of versions 0.4 and 0.5 is read (https://ngff.openmicroscopy.o
 
 from __future__ import annotations
 
-import asyncio
-import hashlib
-import itertools
-import json
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 import zarr
 from zarr.core.sync import sync
 
 from tomocpt_stream.errors import SourceError
 from tomocpt_stream.receipts import read_json
+from tomocpt_stream.voxels import check_dtype
+from tomocpt_stream.zarrays import Missing, ZarrVoxels
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
     from zarr.abc.store import Store
 
-    from tomocpt_stream.frame import Box, Shape
+    from tomocpt_stream.frame import Shape
 
 Triple = tuple[float, float, float]
-Missing = Literal["error", "fill"]
 
 ANGSTROM = {
     "picometer": 0.01,
@@ -40,6 +36,8 @@ ANGSTROM = {
     "millimeter": 1e7,
     "meter": 1e10,
 }
+# How many members of a folder are looked at to say what it holds.
+MOST_CHILDREN = 64
 
 
 @dataclass(frozen=True)
@@ -54,126 +52,6 @@ class Place:
     voxel_sizes: Triple | None = None
     scale: Triple = (1.0, 1.0, 1.0)
     shift: Triple = (0.0, 0.0, 0.0)
-
-
-class ZarrVoxels:
-    """One zarr array read as z, y, x; `order` says which of its axes these are.
-
-    Every other axis has length one. With `missing="error"` a stored object (chunk or shard) that is
-    absent is a SourceError; "fill" takes the array's fill value. One that cannot be decoded is a
-    SourceError always.
-    """
-
-    def __init__(self, array: zarr.Array[Any], order: Shape, missing: Missing, address: str) -> None:
-        self.array = array
-        self.order = order
-        self.missing = missing
-        self.address = address
-        self.shape: Shape = (array.shape[order[0]], array.shape[order[1]], array.shape[order[2]])
-        self.dtype: np.dtype[Any] = np.dtype(array.dtype)
-
-    @property
-    def chunks(self) -> Shape:
-        """The stored object's shape (a shard where there are shards), within the array."""
-        z, y, x = (min(self._objects[axis], self.array.shape[axis]) for axis in self.order)
-        return (z, y, x)
-
-    @property
-    def _objects(self) -> tuple[int, ...]:
-        return tuple(self.array.shards or self.array.chunks)
-
-    def read(self, box: Box) -> npt.NDArray[np.float32]:
-        """Return the voxels of a box (z, y, x) as a float32 array of its own."""
-        region = [slice(0, 1)] * self.array.ndim
-        for axis, where in zip(self.order, box, strict=True):
-            region[axis] = where
-        if self.missing == "error":
-            self._require(region)
-        try:
-            found = np.asarray(self.array[tuple(region)])
-        except MemoryError:
-            raise
-        except Exception as error:
-            raise self._corrupt(region, error) from error
-        rest = [axis for axis in range(self.array.ndim) if axis not in self.order]
-        shape = [where.stop - where.start for where in box]
-        with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinite, which ingest reports
-            return np.array(found.transpose([*rest, *self.order]).reshape(shape), dtype=np.float32, order="C")
-
-    def facts(self) -> dict[str, Any]:
-        """Return what the metadata states, as plain data."""
-        return {
-            "kind": f"zarr, format {self.array.metadata.zarr_format}",
-            "array": self.array.path,
-            "stored_shape": list(self.array.shape),
-            "stored_chunks": list(self.array.chunks),
-            "stored_shards": list(self.array.shards) if self.array.shards else None,
-            "axis_order": self.order,
-            "codecs": [type(codec).__name__ for codec in self.array.compressors],
-        }
-
-    def identity(self) -> dict[str, Any]:
-        """Return what tells this array from another at the same address: a hash of its metadata."""
-        text = json.dumps(self.array.metadata.to_dict(), sort_keys=True, default=str)
-        return {"metadata": hashlib.sha256(text.encode()).hexdigest()}
-
-    def remarks(self) -> list[str]:
-        """Return nothing: zarr metadata leaves no room for guesses."""
-        return []
-
-    def _coordinates(self, region: Sequence[slice]) -> Iterator[tuple[int, ...]]:
-        """Yield the place in the grid of every stored object that a region touches."""
-        ranges = [
-            range(where.start // size, (where.stop - 1) // size + 1)
-            for where, size in zip(region, self._objects, strict=True)
-        ]
-        yield from itertools.product(*ranges)
-
-    def _key(self, coordinates: tuple[int, ...]) -> str:
-        key = self.array.metadata.encode_chunk_key(coordinates)
-        return f"{self.array.path}/{key}" if self.array.path else key
-
-    def _require(self, region: Sequence[slice]) -> None:
-        coordinates = list(self._coordinates(region))
-        keys = [self._key(place) for place in coordinates]
-        present = sync(_all_exist(self.array.store, keys))
-        absent = [key for key, there in zip(keys, present, strict=True) if not there]
-        if absent:
-            more = f" and {len(absent) - 1} more objects" if len(absent) > 1 else ""
-            raise self._missing(f"{absent[0]}{more}")
-
-    def _missing(self, what: str) -> SourceError:
-        return SourceError(
-            f"{self.address} has no object {what}",
-            expected="every chunk of the array to be stored",
-            remedy='copy the array again, or pass missing="fill" to read absent chunks as the fill value'
-            f" {self.array.fill_value} (some writers drop chunks that hold nothing else)",
-        )
-
-    def _corrupt(self, region: Sequence[slice], error: Exception) -> SourceError:
-        """Return the error that names the object which cannot be decoded."""
-        for place in self._coordinates(region):
-            part = tuple(
-                slice(max(where.start, index * size), min(where.stop, (index + 1) * size))
-                for where, index, size in zip(region, place, self._objects, strict=True)
-            )
-            try:
-                self.array[part]
-            except Exception as cause:
-                return SourceError(
-                    f"{self.address} cannot read its object {self._key(place)} ({cause})",
-                    expected="a whole chunk in the codec that the array's metadata names",
-                    remedy="copy that object again",
-                )
-        return SourceError(
-            f"{self.address} could not be read once ({error}), and could when asked again",
-            expected="a store that answers every time",
-            remedy="run again",
-        )
-
-
-async def _all_exist(store: Store, keys: list[str]) -> list[bool]:
-    return list(await asyncio.gather(*(store.exists(key) for key in keys)))
 
 
 def open_zarr(
@@ -219,34 +97,28 @@ def as_voxels(
     SourceError
         No z axis, another axis longer than one, or values that are not real numbers.
     """
-    names = names or ["?"] * (array.ndim - 3) + ["z", "y", "x"][-array.ndim or 3 :]
-    shape = dict(zip(names, array.shape, strict=False))
-    if len(names) != array.ndim or "z" not in names or shape["z"] == 1:
+    names = list(names) if names else ["?"] * (array.ndim - 3) + ["z", "y", "x"][-array.ndim or 3 :]
+    said = f"axes {', '.join(names) or 'none'} and shape {array.shape}"
+    if len(names) != array.ndim or not {"y", "x"} <= set(names) or 0 in array.shape:
         raise SourceError(
-            f"{address} is a 2-D image: axes {', '.join(names)}, shape {array.shape}",
+            f"{address} has {said}", expected="a volume with axes z, y, x", remedy="pass another array"
+        )
+    if "z" not in names or array.shape[names.index("z")] == 1:
+        raise SourceError(
+            f"{address} is a 2-D image: {said}",
             expected="a volume with axes z, y, x",
             remedy="pass the reconstructed tomogram",
         )
     order = (names.index("z"), names.index("y"), names.index("x"))
-    longer = [f"{names[axis]} ({n})" for axis, n in enumerate(array.shape) if axis not in order and n != 1]
+    longer = [names[axis] for axis, n in enumerate(array.shape) if axis not in order and n != 1]
     if longer:
         raise SourceError(
-            f"{address} has more than one volume along {', '.join(longer)}; its shape is {array.shape}",
+            f"{address} holds several volumes: {said}",
             expected="length 1 along every axis but z, y, x",
             remedy="write the volume that is wanted to an array of its own",
         )
     check_dtype(np.dtype(array.dtype), address)
     return ZarrVoxels(array, order, missing, address)
-
-
-def check_dtype(dtype: np.dtype[Any], address: str) -> None:
-    """Raise a SourceError where values are not real numbers."""
-    if dtype.kind not in "buif":
-        raise SourceError(
-            f"{address} holds values of type {dtype}",
-            expected="real numbers: bool, integers, or floats of 16, 32 or 64 bits",
-            remedy="convert it to float32",
-        )
 
 
 @dataclass(frozen=True)
@@ -269,7 +141,7 @@ def _node(store: Store, path: str, address: str) -> _Node | None:
         is_array = read_json(store, _join(path, ".zarray")) is not None
         attributes = read_json(store, _join(path, ".zattrs"))
         is_group = read_json(store, _join(path, ".zgroup")) is not None
-    except (ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise SourceError(
             f"the metadata of {address} cannot be read ({error})",
             expected="JSON in zarr.json, or in .zarray, .zgroup and .zattrs",
@@ -295,10 +167,8 @@ def _array(store: Store, path: str, form: Literal[2, 3], address: str) -> zarr.A
 
 def _nothing_there(store: Store, path: str, address: str) -> SourceError:
     """Return the error that names the children of a folder that is not a tomogram itself."""
-    children = sorted(sync(_children(store, path)))
-    inside = [
-        name for name in children if (node := _node(store, _join(path, name), address)) and node is not None
-    ]
+    children = sorted(sync(_children(store, path)))[:MOST_CHILDREN]
+    inside = [name for name in children if _node(store, _join(path, name), address) is not None]
     kind = "no OME-Zarr image" if inside else "neither a zarr array nor a zarr group"
     return SourceError(
         f"{address} is {kind}; it holds {', '.join(inside or children[:8]) or 'nothing'}",
@@ -325,7 +195,7 @@ class _Level:
 @dataclass(frozen=True)
 class _Image:
     names: tuple[str, ...] | None
-    units: tuple[str | None, ...]
+    units: tuple[str, ...]
     common: tuple[float, ...] | None
     levels: tuple[_Level, ...]
 
@@ -350,7 +220,7 @@ def _image(attributes: dict[str, Any]) -> _Image | None:
         raise ValueError("no datasets")
     return _Image(
         names=tuple(str(axis["name"]).lower() for axis in axes) or None,
-        units=tuple(axis.get("unit") for axis in axes),
+        units=tuple(str(axis.get("unit")).lower() for axis in axes),
         common=_transform(image.get("coordinateTransformations"), count)[0],
         levels=tuple(levels),
     )
@@ -422,7 +292,7 @@ def _voxel_sizes(image: _Image, order: Shape) -> Triple | None:
     if scale is None or any(image.units[axis] not in ANGSTROM for axis in order):
         return None
     common = image.common or (1.0,) * len(scale)
-    return _triple([scale[axis] * common[axis] * ANGSTROM[str(image.units[axis])] for axis in order])
+    return _triple([scale[axis] * common[axis] * ANGSTROM[image.units[axis]] for axis in order])
 
 
 def _triple(values: list[float]) -> Triple:

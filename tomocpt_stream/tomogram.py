@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import operator
 import os
 import sys
 import warnings
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
+from uuid import uuid4
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +22,9 @@ from zarr.storage import LocalStore
 from tomocpt_stream.errors import SourceError
 from tomocpt_stream.frame import Box, Frame, Shape
 from tomocpt_stream.mrc import MrcFile
-from tomocpt_stream.omezarr import Missing, Place, as_voxels, check_dtype, open_zarr
+from tomocpt_stream.omezarr import Place, as_voxels, open_zarr
+from tomocpt_stream.voxels import ArrayVoxels, DaskVoxels, Voxels
+from tomocpt_stream.zarrays import Missing, address_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -34,77 +37,6 @@ SUFFIXES = (".gz", ".bz2", ".mrc", ".mrcs", ".rec", ".map", ".st", ".zarr", ".om
 ANISOTROPY = 0.01
 # What a header may claim, in Å: beyond it the number is a leftover of a program that filled nothing in.
 BELIEVABLE = (0.01, 1e5)
-PLANE_BYTES = 32 << 20
-
-
-class Voxels(Protocol):
-    """A source of voxels as z, y, x: what each kind of file offers to a Tomogram."""
-
-    @property
-    def shape(self) -> Shape:
-        """The shape as z, y, x."""
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """The type of the values as stored."""
-
-    @property
-    def chunks(self) -> Shape:
-        """The box that reads best."""
-
-    def read(self, box: Box) -> npt.NDArray[np.float32]:
-        """Return the voxels of a box, an array of its own."""
-
-    def facts(self) -> dict[str, Any]:
-        """Return what the header states, as plain data."""
-
-    def identity(self) -> dict[str, Any]:
-        """Return plain data that change when the contents do."""
-
-    def remarks(self) -> list[str]:
-        """Return what was assumed."""
-
-
-class ArrayVoxels:
-    """The voxels of a numpy array, or of a dask array computed box by box."""
-
-    def __init__(self, array: Any, kind: str) -> None:
-        self.array = array
-        self.kind = kind
-        self.shape: Shape = (array.shape[0], array.shape[1], array.shape[2])
-        self.dtype: np.dtype[Any] = np.dtype(array.dtype)
-
-    @property
-    def chunks(self) -> Shape:
-        """Whole planes up to 32 MB of a numpy array, the largest block of a dask array."""
-        if self.kind == "dask array":
-            z, y, x = (max(sizes) for sizes in self.array.chunks)
-            return (z, y, x)
-        planes, rows, columns = self.shape
-        return (max(1, min(planes, PLANE_BYTES // (rows * columns * 4))), rows, columns)
-
-    def read(self, box: Box) -> npt.NDArray[np.float32]:
-        """Return the voxels of a box (z, y, x) as a float32 array of its own."""
-        found = self.array[box]
-        if self.kind == "dask array":
-            found = found.compute(scheduler="threads")
-        with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinite, which ingest reports
-            return np.array(found, dtype=np.float32, order="C")
-
-    def facts(self) -> dict[str, Any]:
-        """Return the kind of array."""
-        return {"kind": self.kind}
-
-    def identity(self) -> dict[str, Any]:
-        """Return a hash of a sample: at most 32 voxels an axis, or the name of a dask graph."""
-        if self.kind == "dask array":
-            return {"graph": str(self.array.name)}
-        sample = self.array[tuple(slice(None, None, max(1, math.ceil(n / 32))) for n in self.shape)]
-        return {"sample": hashlib.sha256(np.ascontiguousarray(sample).tobytes()).hexdigest()}
-
-    def remarks(self) -> list[str]:
-        """Return nothing: nothing was assumed."""
-        return []
 
 
 class Tomogram:
@@ -148,7 +80,7 @@ class Tomogram:
         z, y, x = self._voxels.chunks
         return (y, z, x) if self.frame.beam_axis == "y" else (z, y, x)
 
-    @property
+    @cached_property
     def fingerprint(self) -> dict[str, Any]:
         """Plain data that are equal only for the same voxels read in the same way."""
         return {
@@ -184,14 +116,18 @@ class Tomogram:
 
     def to_dask(self) -> da.Array:
         """Return a float32 dask array whose blocks (`chunks`) are read when they are computed."""
+        if isinstance(self._voxels, ArrayVoxels):
+            array = self._voxels.to_dask()
+            return array[::-1].transpose(1, 0, 2) if self.frame.beam_axis == "y" else array
         import dask.array as da  # noqa: TID251
 
         blocks: da.Array = da.map_blocks(
             _read_block,
-            self,
+            tomogram=self,
             chunks=da.core.normalize_chunks(self.chunks, self.shape),
             dtype=np.float32,
             meta=np.empty((0, 0, 0), np.float32),
+            name=f"tomogram-{uuid4().hex}",  # a name of its own: dask takes equal names for equal voxels
         )
         return blocks
 
@@ -284,9 +220,12 @@ def _open(source: object, level: int, missing: Missing) -> tuple[Voxels, Place, 
         return _open_path(_local_path(os.fspath(source)), level, missing)
     voxels: Voxels
     if isinstance(source, zarr.Array):
-        voxels, address = as_voxels(source, missing, str(source.store_path)), str(source.store_path)
-    elif isinstance(source, np.ndarray) or _is_dask(source):
-        voxels, address = _array_voxels(source)
+        address = address_of(source)
+        voxels = as_voxels(source, missing, address)
+    elif isinstance(source, np.ndarray):
+        voxels, address = ArrayVoxels(source), ArrayVoxels.kind
+    elif _is_dask(source):
+        voxels, address = DaskVoxels(source), DaskVoxels.kind
     else:
         raise SourceError(
             f"the source is a {type(source).__name__}",
@@ -339,18 +278,6 @@ def _is_dask(source: object) -> bool:
     # A dask array exists only where dask is imported already.
     module = sys.modules.get("dask.array")
     return module is not None and isinstance(source, module.Array)
-
-
-def _array_voxels(array: Any) -> tuple[Voxels, str]:
-    kind = "numpy array" if isinstance(array, np.ndarray) else "dask array"
-    if array.ndim != 3 or 0 in array.shape:
-        raise SourceError(
-            f"the {kind} has shape {array.shape}",
-            expected="three axes z, y, x, none of them empty",
-            remedy="pass one volume",
-        )
-    check_dtype(np.dtype(array.dtype), f"the {kind}")
-    return ArrayVoxels(array, kind), kind
 
 
 def _refuse_level(level: int, address: str) -> None:

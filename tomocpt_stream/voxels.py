@@ -1,0 +1,143 @@
+"""What a source of voxels offers to a tomogram, and the sources that are arrays already."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from tomocpt_stream.errors import SourceError
+
+if TYPE_CHECKING:
+    import dask.array as da  # noqa: TID251
+
+    from tomocpt_stream.frame import Box, Shape
+
+PLANE_BYTES = 32 << 20
+SAMPLE_EDGE = 32
+
+
+class Voxels(Protocol):
+    """The voxels of one volume as z, y, x, whatever holds them."""
+
+    @property
+    def shape(self) -> Shape:
+        """The shape as z, y, x."""
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The type of the values as stored."""
+
+    @property
+    def chunks(self) -> Shape:
+        """The box that reads best; a hint."""
+
+    def read(self, box: Box) -> npt.NDArray[np.float32]:
+        """Return the voxels of a box inside the volume as a C-contiguous array of its own."""
+
+    def facts(self) -> dict[str, Any]:
+        """Return what the header states, as plain data."""
+
+    def identity(self) -> dict[str, Any]:
+        """Return plain data that change when the voxels do."""
+
+    def remarks(self) -> list[str]:
+        """Return what had to be assumed, a sentence each."""
+
+
+def planes(shape: Shape) -> Shape:
+    """Return a box of whole planes of the first axis, as many as take up to 32 MB in float32."""
+    count, rows, columns = shape
+    return (max(1, min(count, PLANE_BYTES // (rows * columns * 4))), rows, columns)
+
+
+def check_dtype(dtype: np.dtype[Any], address: str) -> None:
+    """Raise a SourceError where values are not real numbers."""
+    if dtype.kind not in "buif":
+        raise SourceError(
+            f"{address} holds values of type {dtype}",
+            expected="real numbers: bool, integers, or floats of 16, 32 or 64 bits",
+            remedy="convert it to float32",
+        )
+
+
+def as_float32(values: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+    """Return a C-contiguous float32 copy."""
+    with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinite, which ingest reports
+        return np.array(values, dtype=np.float32, order="C")
+
+
+class ArrayVoxels:
+    """The voxels of a numpy array."""
+
+    kind = "numpy array"
+
+    def __init__(self, array: Any) -> None:
+        if array.ndim != 3 or 0 in array.shape:
+            raise SourceError(
+                f"the {self.kind} has shape {array.shape}",
+                expected="three axes z, y, x, none of them empty",
+                remedy="pass one volume",
+            )
+        check_dtype(np.dtype(array.dtype), f"the {self.kind}")
+        self.array = array
+        self.shape: Shape = (array.shape[0], array.shape[1], array.shape[2])
+        self.dtype: np.dtype[Any] = np.dtype(array.dtype)
+
+    @property
+    def chunks(self) -> Shape:
+        """Whole planes."""
+        return planes(self.shape)
+
+    def read(self, box: Box) -> npt.NDArray[np.float32]:
+        """Return the voxels of a box (z, y, x) as a float32 array of its own."""
+        return as_float32(self.array[box])
+
+    def to_dask(self) -> da.Array:
+        """Return the voxels as a float32 dask array."""
+        import dask.array as da  # noqa: TID251
+
+        array: da.Array = da.from_array(self.array, chunks=self.chunks).astype(np.float32)
+        return array
+
+    def facts(self) -> dict[str, Any]:
+        """Return the kind of array."""
+        return {"kind": self.kind}
+
+    def identity(self) -> dict[str, Any]:
+        """Return a hash of at most 32 voxels an axis, spread over the volume."""
+        sample = self.array[tuple(slice(None, None, math.ceil(n / SAMPLE_EDGE)) for n in self.shape)]
+        return {"sample": hashlib.sha256(np.ascontiguousarray(sample).tobytes()).hexdigest()}
+
+    def remarks(self) -> list[str]:
+        """Return nothing: nothing had to be assumed."""
+        return []
+
+
+class DaskVoxels(ArrayVoxels):
+    """The voxels of a dask array, computed box by box in the threads of the process that reads."""
+
+    kind = "dask array"
+
+    @property
+    def chunks(self) -> Shape:
+        """The largest block along each axis."""
+        z, y, x = (max(sizes) for sizes in self.array.chunks)
+        return (z, y, x)
+
+    def read(self, box: Box) -> npt.NDArray[np.float32]:
+        """Return the voxels of a box (z, y, x) as a float32 array of its own."""
+        # Never a cluster's scheduler: a worker that reads would wait for a task behind itself.
+        return as_float32(np.asarray(self.array[box].compute(scheduler="threads")))
+
+    def to_dask(self) -> da.Array:
+        """Return the voxels as a float32 dask array."""
+        array: da.Array = self.array.astype(np.float32)
+        return array
+
+    def identity(self) -> dict[str, Any]:
+        """Return the name of the graph, which dask makes from what the graph is made of."""
+        return {"graph": str(self.array.name)}

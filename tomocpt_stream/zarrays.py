@@ -1,0 +1,291 @@
+"""Boxes of one zarr array, format 2 and 3, in which nothing missing is read as zeros.
+
+Zarr reads an absent chunk as the fill value, and Blosc decodes a chunk that was cut short to
+whatever lies behind it in memory, both without a word. The store below looks at every object on its
+way to the decoder, so that no request is made twice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import math
+from typing import TYPE_CHECKING, Any, Literal
+
+import numcodecs
+import numpy as np
+import numpy.typing as npt
+import zarr
+from zarr.abc.store import RangeByteRequest, Store, SuffixByteRequest
+from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, ShardingCodec
+from zarr.core.buffer import default_buffer_prototype
+from zarr.core.sync import sync
+from zarr.storage import LocalStore, MemoryStore, StorePath, WrapperStore
+
+from tomocpt_stream.errors import SourceError
+from tomocpt_stream.voxels import SAMPLE_EDGE, as_float32
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from zarr.abc.store import ByteRequest
+    from zarr.core.buffer import Buffer, BufferPrototype
+
+    from tomocpt_stream.frame import Box, Shape
+
+Missing = Literal["error", "fill"]
+
+# In the index of a shard an absent chunk has this offset and this length.
+ABSENT = np.uint64(2**64 - 1)
+BLOSC_HEADER = 16
+LARGEST_SHARD = 256**3
+
+
+class CheckedStore(WrapperStore[Store]):
+    """A store that raises a SourceError where an object of an array is absent, empty or cut short."""
+
+    def __init__(self, store: Store, address: str, missing: Missing, *, blosc: bool) -> None:
+        super().__init__(store)
+        self._address = address
+        self._missing = missing
+        self._blosc = blosc
+
+    def _with_store(self, store: Store) -> CheckedStore:
+        return CheckedStore(store, self._address, self._missing, blosc=self._blosc)
+
+    async def get(
+        self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None
+    ) -> Buffer | None:
+        """Return the bytes of an object, or None where it is absent and may be."""
+        found = await self._store.get(key, prototype, byte_range)
+        if found is None:
+            if self._missing == "error":
+                raise absent(self._address, key)
+            return None
+        needed = 1
+        if isinstance(byte_range, RangeByteRequest):
+            needed = byte_range.end - byte_range.start
+        elif self._blosc and byte_range is None and len(found) >= BLOSC_HEADER:
+            # The last word of Blosc's header is the length of the whole chunk.
+            needed = int.from_bytes(found.to_bytes()[12:BLOSC_HEADER], "little")
+        if len(found) < needed:
+            raise SourceError(
+                f"{self._address} has an object {key} that is cut short: {len(found)} bytes",
+                expected=f"at least {needed} bytes",
+                remedy="copy that object again",
+            )
+        return found
+
+
+def absent(address: str, what: str) -> SourceError:
+    """Return the error for stored objects that are not there."""
+    return SourceError(
+        f"{address} has no object {what}",
+        expected="every chunk of the array to be stored",
+        remedy='copy the array again, or pass missing="fill" to read absent chunks as the fill value'
+        " (some writers drop chunks that hold nothing else)",
+    )
+
+
+class ZarrVoxels:
+    """One zarr array read as z, y, x; `order` says which of its axes these are.
+
+    Every other axis has length one. With `missing="error"` a chunk that is absent is a SourceError,
+    in a shard too; "fill" takes the array's fill value. One that is cut short or cannot be decoded
+    is a SourceError always.
+    """
+
+    def __init__(self, array: zarr.Array[Any], order: Shape, missing: Missing, address: str) -> None:
+        metadata: Any = array.metadata
+        last = metadata.compressor if metadata.zarr_format == 2 else metadata.codecs[-1]
+        blosc = isinstance(last, numcodecs.Blosc | BloscCodec)
+        self._sharding = _sharding(metadata, address)
+        store = CheckedStore(array.store, address, missing, blosc=blosc)
+        self.array = zarr.Array(zarr.AsyncArray(metadata, StorePath(store, array.path)))
+        self.order = order
+        self.missing = missing
+        self.address = address
+        self.shape: Shape = (array.shape[order[0]], array.shape[order[1]], array.shape[order[2]])
+        self.dtype: np.dtype[Any] = np.dtype(array.dtype)
+        self._stored = array.store
+        self._objects: tuple[int, ...] = tuple(array.shards or array.chunks)
+
+    @property
+    def chunks(self) -> Shape:
+        """The shape of the stored objects, within the array; of their chunks where shards are large."""
+        whole = math.prod(self._objects) <= LARGEST_SHARD
+        sizes = self._objects if whole else self.array.chunks
+        z, y, x = (min(sizes[axis], self.array.shape[axis]) for axis in self.order)
+        return (z, y, x)
+
+    def read(self, box: Box) -> npt.NDArray[np.float32]:
+        """Return the voxels of a box (z, y, x) as a float32 array of its own."""
+        region = [slice(0, 1)] * self.array.ndim
+        for axis, where in zip(self.order, box, strict=True):
+            region[axis] = where
+        try:
+            if self._sharding is not None:
+                self._check_shards(region)
+            found = np.asarray(self.array[tuple(region)])
+        except (MemoryError, SourceError):
+            raise
+        except Exception as error:
+            raise self._undecodable(region, error) from error
+        others = [axis for axis in range(self.array.ndim) if axis not in self.order]
+        shape = [where.stop - where.start for where in box]
+        return as_float32(found.transpose([*others, *self.order]).reshape(shape))
+
+    def facts(self) -> dict[str, Any]:
+        """Return what the metadata states, as plain data."""
+        metadata: Any = self.array.metadata
+        codecs = [metadata.compressor] if metadata.zarr_format == 2 else metadata.codecs
+        return {
+            "kind": f"zarr, format {metadata.zarr_format}",
+            "array": self.array.path,
+            "stored_shape": list(self.array.shape),
+            "stored_chunks": list(self.array.chunks),
+            "stored_shards": list(self.array.shards) if self.array.shards else None,
+            "axis_order": list(self.order),
+            "codecs": [type(codec).__name__ for codec in codecs if codec is not None],
+        }
+
+    def identity(self) -> dict[str, Any]:
+        """Return plain data that change when the array does.
+
+        A hash of the metadata; then, on a disk, number, bytes and newest time of the objects, and
+        elsewhere a hash of the voxels in the middle.
+        """
+        text = json.dumps(self.array.metadata.to_dict(), sort_keys=True, default=str)
+        marks: dict[str, Any] = {"metadata": hashlib.sha256(text.encode()).hexdigest()}
+        if isinstance(self._stored, LocalStore):
+            folder = self._stored.root / self.array.path
+            states = [path.stat() for path in folder.rglob("*") if path.is_file()]
+            marks["objects"] = len(states)
+            marks["bytes"] = sum(state.st_size for state in states)
+            marks["mtime_ns"] = max(state.st_mtime_ns for state in states)
+        else:
+            edges = [(max(0, n // 2 - SAMPLE_EDGE // 2), n) for n in self.shape]
+            z, y, x = (slice(start, min(n, start + SAMPLE_EDGE)) for start, n in edges)
+            marks["sample"] = hashlib.sha256(self.read((z, y, x)).tobytes()).hexdigest()
+        return marks
+
+    def remarks(self) -> list[str]:
+        """Return nothing: zarr metadata leave no room for guesses."""
+        return []
+
+    def _parts(self, region: Sequence[slice]) -> Iterator[tuple[tuple[int, ...], tuple[slice, ...]]]:
+        """Yield every stored object that a region touches, with the part of the region it holds."""
+        ranges = [
+            range(where.start // size, (where.stop - 1) // size + 1)
+            for where, size in zip(region, self._objects, strict=True)
+        ]
+        for place in itertools.product(*ranges):
+            yield (
+                place,
+                tuple(
+                    slice(max(where.start, index * size), min(where.stop, (index + 1) * size))
+                    for where, index, size in zip(region, place, self._objects, strict=True)
+                ),
+            )
+
+    def _key(self, place: tuple[int, ...]) -> str:
+        key = self.array.metadata.encode_chunk_key(place)
+        return f"{self.array.path}/{key}" if self.array.path else key
+
+    def _undecodable(self, region: Sequence[slice], error: Exception) -> SourceError:
+        """Return the error that names the object which cannot be decoded."""
+        for place, part in self._parts(region):
+            try:
+                self.array[part]
+            except SourceError as cause:
+                return cause
+            except Exception as cause:  # codecs raise what they like
+                return SourceError(
+                    f"{self.address} has an object {self._key(place)} that cannot be decoded ({cause})",
+                    expected="a whole chunk in the codec that the array's metadata name",
+                    remedy="copy that object again",
+                )
+        return SourceError(
+            f"{self.address} could not be read once ({error}), and could when asked again",
+            expected="a store that answers every time",
+            remedy="run again",
+        )
+
+    def _check_shards(self, region: Sequence[slice]) -> None:
+        """Raise a SourceError where a chunk inside a shard is absent or lies beyond its end."""
+        for place, part in self._parts(region):
+            key = self._key(place)
+            index = self._shard_index(key)
+            if index is None:  # absent altogether; the store has raised where that is an error
+                continue
+            inner = tuple(
+                slice((where.start - at * size) // chunk, (where.stop - 1 - at * size) // chunk + 1)
+                for where, at, size, chunk in zip(part, place, self._objects, self.array.chunks, strict=True)
+            )
+            offsets, lengths = index[inner][..., 0], index[inner][..., 1]
+            gone = (offsets == ABSENT) & (lengths == ABSENT)
+            if gone.any() and self.missing == "error":
+                raise absent(self.address, f"{key}: of its chunks that are needed {gone.sum()} are absent")
+            size = np.uint64(sync(self._stored.getsize(key)))
+            inside = (offsets <= size) & (lengths <= size - np.minimum(offsets, size))
+            if not (gone | inside).all():
+                raise SourceError(
+                    f"{self.address} has an object {key} whose index points beyond its {size} bytes",
+                    expected="a whole shard",
+                    remedy="copy that object again",
+                )
+
+    def _shard_index(self, key: str) -> npt.NDArray[np.uint64] | None:
+        """Return offset and length of every chunk in a shard, None where the shard is absent."""
+        codec: Any = self._sharding
+        shape = [size // chunk for size, chunk in zip(self._objects, self.array.chunks, strict=True)]
+        count = 16 * math.prod(shape)
+        total = count + 4 * (len(codec.index_codecs) - 1)
+        at_start = codec.index_location.value == "start"
+        where = RangeByteRequest(0, total) if at_start else SuffixByteRequest(total)
+        raw = sync(self.array.store.get(key, default_buffer_prototype(), where))
+        if raw is None:
+            return None
+        if len(raw) < total:
+            raise SourceError(
+                f"{self.address} has an object {key} that is cut short: {len(raw)} bytes",
+                expected=f"a shard, whose index alone takes {total} bytes",
+                remedy="copy that object again",
+            )
+        index = np.frombuffer(raw.to_bytes()[:count], "<u8").astype(np.uint64)
+        return index.reshape(*shape, 2)
+
+
+def _sharding(metadata: Any, address: str) -> ShardingCodec | None:
+    """Return the sharding codec of an array, None where it has none.
+
+    Only the layout that all writers use is read, as the chunks of another could not be checked: one
+    level of shards, nothing around them, an index of little-endian words with or without a checksum.
+    """
+    codecs = [] if metadata.zarr_format == 2 else list(metadata.codecs)
+    found = [codec for codec in codecs if isinstance(codec, ShardingCodec)]
+    if not found:
+        return None
+    one = found[0]
+    first, *rest = one.index_codecs
+    usual = (
+        len(codecs) == 1
+        and not any(isinstance(codec, ShardingCodec) for codec in one.codecs)
+        and isinstance(first, BytesCodec)
+        and (first.endian is None or first.endian.value == "little")
+        and all(isinstance(codec, Crc32cCodec) for codec in rest)
+        and len(rest) <= 1
+    )
+    if not usual:
+        raise SourceError(
+            f"{address} has shards inside shards, with codecs around them, or with an encoded index",
+            expected="one level of shards with a plain index",
+            remedy="rewrite the array with one level of shards",
+        )
+    return one
+
+
+def address_of(array: zarr.Array[Any]) -> str:
+    """Return where an array lies; one in memory has no address that outlives its process."""
+    return "zarr array" if isinstance(array.store, MemoryStore) else str(array.store_path)
