@@ -90,12 +90,21 @@ class ImagingOptions:
 
 @dataclass(frozen=True)
 class Geometry:
-    """The detector (width along s, rows along y, voxels) and the pads (zyx) of the slab it sees."""
+    """The field (shape zyx, Å a voxel), the pads (zyx) of the slab around it, and the detector's width.
+
+    `margin` is how far (voxels) the detector reaches beyond what is measured and reconstructed.
+    """
 
     shape: Shape
+    voxel_size: float
     pad: Shape
     width: int
-    rows: int
+    margin: int
+
+    @property
+    def measured(self) -> tuple[slice, slice]:
+        """The part (s, y) of an image that shows the field."""
+        return (slice(self.margin, self.width - self.margin), slice(self.margin, self.margin + self.shape[1]))
 
 
 def plan_geometry(options: ImagingOptions, shape: Shape, voxel_size: float, thick: int) -> Geometry:
@@ -103,7 +112,7 @@ def plan_geometry(options: ImagingOptions, shape: Shape, voxel_size: float, thic
 
     `thick` is the pad (voxels) along z for what sticks out of the field.
     """
-    nz, ny, nx = shape
+    nz, _, nx = shape
     steepest = math.radians(float(np.abs(options.tilts).max()))
     angles = np.radians(np.abs(options.tilts))
     # Contrast transfer moves a wave of frequency q by wavelength * defocus * q; the highest is Nyquist.
@@ -111,7 +120,7 @@ def plan_geometry(options: ImagingOptions, shape: Shape, voxel_size: float, thic
     width = math.ceil(float((nx * np.cos(angles) + nz * np.sin(angles)).max())) + 2 * spread
     far = (width / 2 + (nz / 2 + thick) * math.sin(steepest)) / math.cos(steepest)
     pad_x = max(spread, math.ceil(far - nx / 2))
-    return Geometry(shape, (thick, spread, pad_x), width, ny + 2 * spread)
+    return Geometry(shape, voxel_size, (thick, spread, pad_x), width, spread)
 
 
 def tilt_matrix(shape_zx: tuple[int, int], angle: float, width: int) -> sparse.csc_array:
@@ -172,17 +181,18 @@ def transfer(options: ImagingOptions, shape: tuple[int, int], voxel_size: float)
 
 
 def expose(
-    images: Field, options: ImagingOptions, voxel_size: float, rng: np.random.Generator
+    images: Field, options: ImagingOptions, geometry: Geometry, rng: np.random.Generator
 ) -> tuple[Field, Array]:
     """Return images (tilt, s, y) with contrast transfer and noise, and the noise's variance per tilt.
 
-    The signal's variance is that of the given images after the contrast transfer.
+    The signal's variance is that of the given images after the contrast transfer, over the part
+    that shows the field. Empty ice has none: its noise has a mean variance of 1.
     """
-    gain, sign = transfer(options, images.shape[1:], voxel_size)
+    gain, sign = transfer(options, images.shape[1:], geometry.voxel_size)
     seen: Field = fft.irfft2(-gain * fft.rfft2(images), s=images.shape[1:]).astype(np.float32)
-    signal = np.array([image.var(dtype=np.float64) for image in seen])
+    signal = np.mean([image[geometry.measured].var(dtype=np.float64) for image in seen])
     path = 1 / np.cos(np.radians(options.tilts))
-    noise = signal.mean() / options.snr * path / path.mean()
+    noise: Array = (signal / options.snr if signal > 0 else 1.0) * path / path.mean()
     for index, variance in enumerate(noise):
         if variance > 0:
             seen[index] += np.float32(math.sqrt(variance)) * rng.standard_normal(
@@ -202,8 +212,7 @@ def back_project(
     twice the width so that no border meets the other.
     """
     nz, ny, nx = geometry.shape
-    margin = geometry.pad[1]
-    rows = np.ascontiguousarray(images[:, :, margin : margin + ny])
+    rows = np.ascontiguousarray(images[:, :, geometry.measured[1]])
     rows -= rows.mean(axis=1, keepdims=True)
     length = fft.next_fast_len(2 * geometry.width, real=True)
     k = fft.rfftfreq(length)

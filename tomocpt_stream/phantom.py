@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +12,7 @@ import mrcfile
 import numpy as np
 import numpy.typing as npt
 
+from tomocpt_stream.errors import SourceError
 from tomocpt_stream.imaging import ImagingOptions, back_project, expose, plan_geometry, project
 from tomocpt_stream.picks import Picks
 from tomocpt_stream.progress import Progress, silent
@@ -114,13 +114,13 @@ def simulate_phantom(
     """
     options = options or PhantomOptions()
     placing, noise = (np.random.default_rng(part) for part in np.random.SeedSequence(seed).spawn(2))
-    thick = math.ceil(options.diameter / 2 / options.voxel_size)
+    thick = math.ceil(0.75 * options.diameter / options.voxel_size)  # the farthest a target sticks out
     geometry = plan_geometry(options, options.shape, options.voxel_size, thick)
     canvas = build_specimen(options, geometry.pad, placing)
     images = project(canvas.density, options, geometry.width, progress)
     objects = tuple(canvas.objects)
     del canvas
-    images, _ = expose(images, options, options.voxel_size, noise)
+    images, _ = expose(images, options, geometry, noise)
     volume = back_project(images, options, geometry, progress)
     deviation = float(volume.std(dtype=np.float64))
     volume -= np.float32(volume.mean(dtype=np.float64))
@@ -132,16 +132,25 @@ def simulate_phantom(
 def write_mrc(path: str | os.PathLike[str], array: npt.NDArray[np.generic], voxel_size: float) -> None:
     """Write a volume (z, y, x) as an MRC file with its voxel size in Å; the file appears whole.
 
-    float32, int8, int16, uint16 and float16 keep their type. An existing file is replaced.
+    int8, int16, uint16, float16 and float32 keep their type. An existing file is replaced.
+
+    Raises
+    ------
+    SourceError
+        When the array is not three-dimensional or its type has no MRC mode.
     """
+    if array.ndim != 3 or array.dtype.name not in ("int8", "int16", "uint16", "float16", "float32"):
+        raise SourceError(
+            f"an array of {array.ndim} dimensions and type {array.dtype}",
+            expected="a volume of int8, int16, uint16, float16 or float32",
+            remedy="convert it with astype before writing",
+        )
     target = Path(path)
-    descriptor, partial = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent)
-    os.close(descriptor)
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
         with mrcfile.new(partial, overwrite=True) as file:
             file.set_data(np.ascontiguousarray(array))
             file.voxel_size = voxel_size
-            file.set_volume()
-        Path(partial).replace(target)
+        partial.replace(target)
     finally:
-        Path(partial).unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)

@@ -7,6 +7,7 @@ Density has the unit "body of a protein above ice".
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from tomocpt_stream.errors import SourceError
 from tomocpt_stream.tomogram import open_tomogram
 
 Field = npt.NDArray[np.float32]
+Array = npt.NDArray[np.float64]
 Vector = tuple[float, float, float]
 Distance = Callable[[Field], Field]
 
@@ -259,19 +261,21 @@ def is_map(kind: str) -> bool:
     return kind.lower().endswith(MAP_SUFFIXES)
 
 
-@lru_cache(maxsize=64)
 def solid_template(kind: str, diameter: float, voxel_size: float) -> Template:
     """Return the template of a solid whose longest axis is `diameter` Å, for a phantom of `voxel_size` Å."""
     distance = solid(kind)
-    extent, middle, reach = _survey(kind)
+    extent, low, high = _survey(kind)
     scale = diameter / extent  # Å per unit
     pitch = voxel_size / OVERSAMPLING
-    half = int(np.ceil((reach * scale + 2 * voxel_size) / pitch)) + 1
-    axis = (np.arange(-half, half + 1, dtype=np.float32) * np.float32(pitch / scale)).astype(np.float32)
-    zz, yy, xx = np.meshgrid(axis, axis, axis, indexing="ij")
-    points = np.stack(
-        [xx + np.float32(middle[0]), yy + np.float32(middle[1]), zz + np.float32(middle[2])], axis=-1
-    )
+    # Room for the soft edge and for the blur that follows.
+    room = 2 * voxel_size + 2 * EDGE
+    axes = [
+        _vector(np.arange(math.floor((a * scale - room) / pitch), math.ceil((b * scale + room) / pitch) + 1))
+        * np.float32(pitch / scale)
+        for a, b in zip(low, high, strict=True)
+    ]
+    zz, yy, xx = np.meshgrid(axes[2], axes[1], axes[0], indexing="ij")
+    points = np.stack([xx, yy, zz], axis=-1)
     edge = np.clip(distance(points) * np.float32(scale / EDGE), -30, 30)
     density = _texture(kind, edge.shape, pitch) / (1 + np.exp(edge))
     return _finish(kind, density.astype(np.float32), pitch, diameter)
@@ -316,20 +320,48 @@ def map_template(path: str, diameter: float | None, voxel_size: float) -> Templa
     return _finish(Path(path).name.split(".")[0], sampled, pitch, longest * stretch)
 
 
-@lru_cache(maxsize=256)
-def _survey(kind: str) -> tuple[float, Vector, float]:
-    """Return a solid's longest axis, the middle of its box (xyz) and its reach from there, in its units."""
-    axis = np.linspace(-1.25, 1.25, 101, dtype=np.float32)
+@lru_cache(maxsize=1024)
+def _survey(kind: str) -> tuple[float, Vector, Vector]:
+    """Return a solid's longest axis and the two corners (xyz) of its box, in its own units.
+
+    About every point inside lies a ball, as large as its distance from the surface, that is inside
+    too: the farthest ball in a direction tells where the surface is to much less than the step.
+    """
+    axis = np.linspace(-1.25, 1.25, 61, dtype=np.float32)
     points = np.stack(np.meshgrid(axis, axis, axis, indexing="ij"), axis=-1)
-    inside = points[solid(kind)(points) < 0].astype(np.float64)
-    step = float(axis[1] - axis[0])
-    middle = (inside.min(axis=0) + inside.max(axis=0)) / 2
-    reach = float(np.linalg.norm(inside - middle, axis=1).max()) + step
-    # The surface lies half a step beyond the outermost points on average.
-    return _longest(inside) + step, (float(middle[0]), float(middle[1]), float(middle[2])), reach
+    depth = -solid(kind)(points)
+    skin = (depth >= 0) & (depth < 1.5 * (axis[1] - axis[0]))
+    balls, radii = points[skin].astype(np.float64), depth[skin].astype(np.float64)
+    widths = [_width(balls, radii, way) for way in _directions(150)]
+    longest, way = max(widths, key=lambda width: width[0])
+    for _ in range(4):  # the line between the two ends found is a better direction yet
+        refined, way = _width(balls, radii, way)
+        longest = max(longest, refined)
+    low = (balls - radii[:, None]).min(axis=0)
+    high = (balls + radii[:, None]).max(axis=0)
+    corners = [(float(c[0]), float(c[1]), float(c[2])) for c in (low, high)]
+    return longest, corners[0], corners[1]
 
 
-def _longest(points: npt.NDArray[np.float64]) -> float:
+def _width(balls: Array, radii: Array, way: Array) -> tuple[float, Array]:
+    """Return how wide a union of balls is along a unit vector, and the direction from end to end."""
+    height = (balls * way).sum(axis=1)
+    top, bottom = (height + radii).argmax(), (radii - height).argmax()
+    wide = float(height[top] + radii[top] + radii[bottom] - height[bottom])
+    line = balls[top] - balls[bottom] + (radii[top] + radii[bottom]) * way
+    return wide, line / np.sqrt((line * line).sum())
+
+
+def _directions(count: int) -> Array:
+    """Return (count, 3) unit vectors spread evenly over half a sphere (a Fibonacci spiral)."""
+    index = np.arange(count) + 0.5
+    z = index / count
+    turn = np.pi * (1 + math.sqrt(5)) * index
+    radius = np.sqrt(1 - z * z)
+    return np.stack([radius * np.cos(turn), radius * np.sin(turn), z], axis=1)
+
+
+def _longest(points: Array) -> float:
     corners = points[ConvexHull(points).vertices]
     return float(pdist(corners).max())
 
@@ -345,13 +377,12 @@ def _texture(kind: str, shape: tuple[int, ...], pitch: float) -> Field:
 def _finish(kind: str, density: Field, pitch: float, diameter: float) -> Template:
     """Band-limit a template for sampling at OVERSAMPLING times its pitch and measure it."""
     smooth: Field = ndimage.gaussian_filter(density, 0.5 * OVERSAMPLING).astype(np.float32)
-    smooth[smooth < 1e-3] = 0
     weights = smooth.astype(np.float64)
     mass = weights.sum()
     centre = [
         float((weights.sum(axis=tuple(k for k in range(3) if k != axis)) @ np.arange(n)) / mass)
         for axis, n in enumerate(weights.shape)
     ]
-    body = np.argwhere(smooth > 0.3)
+    body = np.argwhere(smooth > 0.3 * smooth.max())
     radius = float(np.linalg.norm(body - np.array(centre), axis=1).max()) * pitch
     return Template(kind, smooth, pitch, (centre[0], centre[1], centre[2]), radius, diameter)

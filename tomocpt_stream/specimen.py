@@ -24,6 +24,7 @@ from tomocpt_stream.shapes import (
     Template,
     is_map,
     map_template,
+    solid,
     solid_template,
 )
 
@@ -99,25 +100,28 @@ class SpecimenOptions:
         if np.shape(self.shape) != (3,) or min(self.shape) < 8:
             raise refuse(f"shape {self.shape}", "three edges of 8 voxels or more (z, y, x)", "enlarge it")
         for name in ("voxel_size", "diameter", "gold_diameter", "membrane_thickness", "separation"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value > 0):
-                raise refuse(f"{name} {value}", "a positive number", f"pass {name} above zero")
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
+                raise refuse(f"{name} {getattr(self, name)}", "a positive number", f"pass {name} above zero")
         for name in ("count", "distractors", "filaments", "gold", "vesicles", "sheets", "ice"):
             if getattr(self, name) < 0:
                 raise refuse(f"{name} {getattr(self, name)}", "0 or more", f"pass {name} of 0 or more")
-        low, high = self.distractor_sizes
-        if not 0 < low <= high:
-            raise refuse(f"distractor_sizes {self.distractor_sizes}", "0 < least <= greatest", "order them")
-        if (self.count and not self.particles) or (self.distractors and not self.distractor_kinds):
-            raise refuse(
-                "objects without a kind", "a kind of particle for every count above zero", "name one"
-            )
+        self._check_kinds()
         if self.diameter < 4 * self.voxel_size:
             raise refuse(
                 f"diameter {self.diameter:g} Å at {self.voxel_size:g} Å a voxel",
                 "4 voxels or more along the longest axis",
                 "use a smaller voxel_size",
             )
+
+    def _check_kinds(self) -> None:
+        low, high = self.distractor_sizes
+        if not 0 < low <= high:
+            raise refuse(f"distractor_sizes {self.distractor_sizes}", "0 < least <= greatest", "order them")
+        if (self.count and not self.particles) or (self.distractors and not self.distractor_kinds):
+            raise refuse("objects without a kind", "a kind for every count above zero", "name one")
+        for kind in (*self.particles, *self.distractor_kinds):
+            if not is_map(kind):
+                solid(kind)
 
 
 @dataclass(frozen=True, eq=False)
@@ -192,39 +196,34 @@ def build_specimen(options: SpecimenOptions, pad: Shape, rng: np.random.Generato
     sizes = options.diameter * rng.uniform(*options.distractor_sizes, size=options.distractors)
     others = options.distractor_kinds
     for batch in (
+        _Batch("ice", [_template(kind, 2 * options.diameter, options) for kind in lumps], ICE_DENSITY),
+        _Batch("distractor", [_template("filament", float(a), options) for a in lengths], compact=False),
+        _Batch("target", _cycled([_target(kind, options) for kind in options.particles], options.count)),
+        _Batch("gold", [_template("bead", options.gold_diameter, options)] * options.gold, GOLD_DENSITY),
         _Batch(
-            "ice",
-            [_template(kind, 2 * options.diameter, options) for kind in lumps],
-            options.ice,
-            ICE_DENSITY,
-        ),
-        _Batch("distractor", [_template("filament", float(a), options) for a in lengths], options.filaments),
-        _Batch("target", [_target(kind, options) for kind in options.particles], options.count),
-        _Batch("gold", [_template("bead", options.gold_diameter, options)], options.gold, GOLD_DENSITY),
-        _Batch(
-            "distractor",
-            [_template(others[i % len(others)], float(a), options) for i, a in enumerate(sizes)],
-            options.distractors,
+            "distractor", [_template(others[i % len(others)], float(a), options) for i, a in enumerate(sizes)]
         ),
     ):
-        if batch.count:
-            _fill_field(canvas, options, rng, batch)
-            _fill_surroundings(canvas, options, rng, batch)
+        _fill_field(canvas, options, rng, batch)
+        _fill_surroundings(canvas, options, rng, batch)
     return canvas
 
 
 @dataclass(frozen=True, eq=False)
 class _Batch:
-    """Objects placed together: `count` of them in the field, taken from `templates` in turn."""
+    """Objects placed together, a template for each of those in the field.
+
+    `compact` says that an object's sphere keeps others away; a filament's would empty the field.
+    """
 
     role: Role
     templates: list[Template]
-    count: int
     weight: float = 1.0
+    compact: bool = True
 
-    def compact(self, template: Template) -> bool:
-        """Return whether its sphere says where it is; a filament or a lump at the face is not."""
-        return self.role != "ice" and template.kind != "filament"
+
+def _cycled(templates: list[Template], count: int) -> list[Template]:
+    return [templates[index % len(templates)] for index in range(count)]
 
 
 def _template(kind: str, diameter: float, options: SpecimenOptions) -> Template:
@@ -241,15 +240,14 @@ def _target(kind: str, options: SpecimenOptions) -> Template:
 
 def _fill_field(canvas: Canvas, options: SpecimenOptions, rng: np.random.Generator, batch: _Batch) -> None:
     size = np.array(canvas.shape, dtype=np.float64)
-    for index in range(batch.count):
-        template = batch.templates[index % len(batch.templates)]
+    for index, template in enumerate(batch.templates):
         low = _keep_off(template, options, batch)
         span = size - 1 - 2 * low
         if (span < 0).any() or not any(
             _try(canvas, options, rng, (batch, template, low + span * rng.random(3))) for _ in range(TRIES)
         ):
             raise refuse(
-                f"no room for {batch.role} {index + 1} of {batch.count} ({template.kind}, "
+                f"no room for {batch.role} {index + 1} of {len(batch.templates)} ({template.kind}, "
                 f"{template.diameter:.0f} Å) in {canvas.shape} voxels of {options.voxel_size:g} Å",
                 "objects that fit without overlap",
                 "ask for fewer or smaller objects, a lower separation or margin, or a larger shape",
@@ -262,14 +260,13 @@ def _fill_surroundings(
     """Populate what lies beside the field as densely as the field, as far as there is room."""
     _, ny, nx = canvas.shape
     _, sy, sx = canvas.slab
-    wanted = round(batch.count * (sy * sx / (ny * nx) - 1))
+    wanted = round(len(batch.templates) * (sy * sx / (ny * nx) - 1))
     pad, field_size, slab = (
         np.array(canvas.pad, dtype=np.float64),
         np.array(canvas.shape, dtype=np.float64),
         np.array(canvas.slab, dtype=np.float64),
     )
-    for index in range(wanted):
-        template = batch.templates[index % len(batch.templates)]
+    for template in _cycled(batch.templates, wanted):
         low = np.maximum(_keep_off(template, options, batch), 0.0)
         radius = template.radius / options.voxel_size
         for _ in range(20):
@@ -284,7 +281,7 @@ def _keep_off(template: Template, options: SpecimenOptions, batch: _Batch) -> Ar
     """Return how far (voxels, zyx) the centre stays from the faces of the field."""
     if batch.role == "ice":
         return np.zeros(3)
-    if template.kind == "filament":
+    if not batch.compact:
         return np.full(3, template.diameter / options.voxel_size / 6)
     margin = template.radius if options.margin is None or batch.role != "target" else options.margin
     return np.full(3, margin / options.voxel_size)
@@ -295,12 +292,11 @@ def _try(
 ) -> bool:
     """Put one object with its centre of mass at a point of the field (voxels, zyx) if there is room."""
     batch, template, at = what
-    if batch.role == "ice":
-        at[0] = (
-            -0.25 * template.diameter / options.voxel_size if at[0] < canvas.shape[0] / 2 else canvas.shape[0]
-        )
+    if batch.role == "ice":  # it grows on the faces of the slab
+        at = at.copy()
+        at[0] = 0.0 if at[0] < canvas.shape[0] / 2 else canvas.shape[0] - 1.0
     centre = at + np.array(canvas.pad, dtype=np.float64)
-    compact = batch.compact(template)
+    compact = batch.compact and batch.role != "ice"
     radius = template.radius / options.voxel_size
     if compact and not canvas.is_free(centre, radius, options.separation):
         return False
