@@ -1,0 +1,148 @@
+"""From a tomogram to its picks: the calls of the package in order."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tomocpt_stream.blocks import BlockPlan, plan_blocks
+from tomocpt_stream.frame import Grid, working_grid
+from tomocpt_stream.heatmap import CANDIDATE_FLOOR, PickOptions, Scorer, predict
+from tomocpt_stream.mask import MaskLike, open_mask
+from tomocpt_stream.peaks import find_peaks
+from tomocpt_stream.progress import Progress, silent
+from tomocpt_stream.receipts import config_hash
+from tomocpt_stream.volume import ingest
+
+if TYPE_CHECKING:
+    from tomocpt_stream.picks import Picks
+    from tomocpt_stream.tomogram import Tomogram
+
+KEEP_GRID_WITHIN = 0.05
+"""The source grid is kept where the working voxel size differs from the source's by at most this."""
+
+
+def pick(  # noqa: PLR0913  (the public signature of the design)
+    tomogram: Tomogram,
+    picker: Scorer,
+    options: PickOptions,
+    *,
+    mask: MaskLike | None = None,
+    scratch: str | Path | None = None,
+    keep_heatmap: str | Path | None = None,
+    memory: int | str | None = None,
+    client: Any = None,
+    progress: Progress = silent,
+) -> Picks:
+    """Return the picks of a tomogram: ingest, plan, predict, find peaks.
+
+    The working volume and the map go below `scratch`, into a folder named after the tomogram and
+    what is asked of it, so that the same call after a kill goes on where that one stopped. Without
+    `scratch` they go into a temporary folder (TMPDIR says where) that is removed at the end.
+    `keep_heatmap` is the path of the zarr store that keeps the map. `memory`, bytes or "4 GB", is
+    the budget of `plan_blocks`. With a `client` the folders must be seen by every worker.
+
+    Picks nearer than `options.margin` Å to a face of the volume are left out; the face lies half a
+    voxel outside the centre of the outermost voxel.
+    """
+    grid, plan = plan_pick(tomogram, picker, options, memory=memory)
+    with ExitStack() as stack:
+        if scratch is None:
+            scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="tomocpt-stream-"))
+        folder = scratch_folder(Path(scratch), tomogram, grid)
+        volume = ingest(
+            tomogram, folder / "volume.zarr", voxel_size=grid.voxel_size, client=client, progress=progress
+        )
+        if keep_heatmap is None and getattr(picker, "fingerprint", None) is None:
+            # nothing says that the next picker is this one, so that its map would only be in the way
+            keep_heatmap = stack.enter_context(tempfile.TemporaryDirectory(prefix="heatmap-", dir=folder))
+        heatmap = predict(
+            volume,
+            picker,
+            plan,
+            store=keep_heatmap or folder / _map_name(picker, options, tomogram, grid, mask),
+            options=options,
+            mask=mask,
+            client=client,
+            progress=progress,
+        )
+        spacing = min_distance(options) / grid.voxel_size
+        picks = find_peaks(heatmap, threshold=options.threshold, min_distance=spacing)
+    return inside(picks, tomogram, options.margin)
+
+
+def plan_pick(
+    tomogram: Tomogram, picker: Scorer, options: PickOptions, *, memory: int | str | None = None
+) -> tuple[Grid, BlockPlan]:
+    """Return the working grid and the plan that `pick` follows; no voxel is read.
+
+    The working voxel size is diameter / (2 particle_radius), or the tomogram's own where the two
+    differ by at most 5 %.
+
+    Raises
+    ------
+    PlanError
+        Where nothing fits into `memory`.
+    """
+    voxel_size = options.diameter / (2 * picker.particle_radius)
+    if abs(voxel_size / tomogram.voxel_size - 1) <= KEEP_GRID_WITHIN + 1e-9:
+        voxel_size = tomogram.voxel_size
+    grid = working_grid(tomogram.shape, tomogram.voxel_size, voxel_size)
+    plan = plan_blocks(
+        grid.shape,
+        picker.window,
+        stitch=options.stitch,
+        batch_size=options.batch_size,
+        tta=options.tta,
+        bytes_per_window=getattr(picker, "bytes_per_window", None),
+        memory=memory,
+    )
+    return grid, plan
+
+
+def min_distance(options: PickOptions) -> float:
+    """Return the least distance between two picks in Å, centre to centre."""
+    return 0.75 * options.diameter if options.min_distance is None else options.min_distance
+
+
+def inside(picks: Picks, tomogram: Tomogram, margin: float) -> Picks:
+    """Return the picks at least `margin` Å away from every face of the tomogram's file."""
+    if margin == 0:
+        return picks
+    frame = tomogram.frame
+    from_face = np.minimum(picks.zyx + 0.5, np.asarray(frame.file_shape) - 0.5 - picks.zyx)
+    return picks.take(from_face.min(axis=1) * frame.file_voxel_size >= margin)
+
+
+def safe_name(name: str) -> str:
+    """Return a name from outside as the name of a file: letters, digits, dots, dashes, underscores."""
+    plain = re.sub(r"[^\w.-]+", "_", name).lstrip(".-")
+    return plain.encode()[:120].decode(errors="ignore") or "tomogram"
+
+
+def scratch_folder(scratch: Path, tomogram: Tomogram, grid: Grid) -> Path:
+    """Return the folder of a tomogram on a working grid; another source or grid has another one."""
+    key = config_hash({"source": tomogram.fingerprint, "grid": grid.to_json()})
+    return scratch / f"{safe_name(tomogram.name)}-{key[:12]}"
+
+
+def _map_name(
+    picker: Scorer, options: PickOptions, tomogram: Tomogram, grid: Grid, mask: MaskLike | None
+) -> str:
+    """Return the name of a map beside others of the same volume; `predict` holds the full account."""
+    asked = {
+        "picker": getattr(picker, "fingerprint", None),
+        "numerics": getattr(picker, "numerics", None),
+        "contrast": options.contrast,
+        "stitch": options.stitch,
+        "tta": options.tta,
+        "batch_size": options.batch_size,
+        "floor": min(CANDIDATE_FLOOR, options.threshold),
+        "mask": None if mask is None else open_mask(mask, tomogram.frame, grid).fingerprint,
+    }
+    return f"heatmap-{config_hash(asked)[:12]}.zarr"
