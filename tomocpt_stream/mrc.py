@@ -15,6 +15,7 @@ import shutil
 import struct
 import tempfile
 import threading
+import weakref
 import zlib
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -337,8 +338,8 @@ class MrcFile:
             "kind": "MRC" + (f", {self.compression}" if self.compression else ""),
             "mode": header.mode,
             "byte_order": "little" if header.byte_order == "<" else "big",
-            "axis_order": header.axes,
-            "stated_voxel_sizes": header.voxel_sizes,
+            "axis_order": list(header.axes),
+            "stated_voxel_sizes": list(header.voxel_sizes or ()),
             "extended_header_bytes": header.extended_bytes,
             "extended_header_type": header.extended_type,
             "stated_minimum": header.stated[0],
@@ -373,7 +374,9 @@ class MrcFile:
         sections, rows, columns = self.header.file_shape
         middle = self._map(sections // 2, sections // 2 + 1, np.dtype("i1"))[0]
         some = np.ascontiguousarray(middle[:: max(1, rows * columns // SAMPLE_BYTES)])
-        return bool(np.std(some, dtype=np.float64) <= np.std(some.view("u1"), dtype=np.float64))
+        spreads = [float(np.std(some.view(kind), dtype=np.float64)) for kind in ("i1", "u1")]
+        # Equal where no value is below 128 or none above: old programs scaled to 0 to 255.
+        return spreads[0] < spreads[1] * (1 - 1e-6)
 
     def _map(self, start: int, stop: int, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
         _, rows, columns = self.header.file_shape
@@ -385,6 +388,7 @@ class MrcFile:
             with self._lock:
                 if self._unpacked is None:
                     self._unpacked = _unpack(self.path, self.compression, self.header)
+                    weakref.finalize(self, self._unpacked.close)
                 return np.memmap(cast("Any", self._unpacked), dtype, "r", offset, shape)
         except (OSError, ValueError) as error:
             if isinstance(error, SourceError):

@@ -48,12 +48,22 @@ class Tomogram:
     `read` may be called from several threads.
     """
 
-    def __init__(self, voxels: Voxels, frame: Frame, *, name: str, source: str, level: int = 0) -> None:
+    def __init__(
+        self,
+        voxels: Voxels,
+        frame: Frame,
+        *,
+        name: str,
+        source: str,
+        level: int = 0,
+        notes: tuple[str, ...] = (),
+    ) -> None:
         self.name = name
         self.source = source
         self.frame = frame
         self.level = level
         self._voxels = voxels
+        self._notes = notes
 
     def __repr__(self) -> str:
         size = f"{self.voxel_size:g}"
@@ -149,7 +159,7 @@ class Tomogram:
 
     def remarks(self) -> list[str]:
         """Return what a user should know before the tomogram is picked; empty when all is plain."""
-        found = list(self._voxels.remarks())
+        found = [*self._notes, *self._voxels.remarks()]
         z, y, x = self.shape
         if z > min(y, x):
             hint = (
@@ -158,8 +168,6 @@ class Tomogram:
                 else ""
             )
             found.append(f"z is not the thinnest axis (z {z}, y {y}, x {x} voxels){hint}")
-        if self.voxel_size == 1.0:
-            found.append("the voxel size is exactly 1 Å, which many programs write when they do not know it")
         return found
 
 
@@ -208,11 +216,13 @@ def open_tomogram(
     del storage_options  # a local source needs none
     voxels, place, address, default_name = _open(source, level, missing)
     if voxel_size is None:
-        size = _stated_size(place.voxel_sizes, address)
+        size, notes = _stated_size(place.voxel_sizes, address)
+        for note in notes:
+            warnings.warn(f"{address}: {note}", UserWarning, stacklevel=2)
     else:
-        size = _checked_size(voxel_size, address)
+        size, notes = _given_size(voxel_size, place.voxel_sizes, address)
     frame = _frame(voxels.shape, place, size, beam_axis, address)
-    return Tomogram(voxels, frame, name=name or default_name, source=address, level=level)
+    return Tomogram(voxels, frame, name=name or default_name, source=address, level=level, notes=notes)
 
 
 def _open(source: object, level: int, missing: Missing) -> tuple[Voxels, Place, str, str]:
@@ -287,7 +297,10 @@ def _refuse_level(level: int, address: str) -> None:
         )
 
 
-def _checked_size(voxel_size: float, address: str) -> float:
+def _given_size(
+    voxel_size: float, stated: tuple[float, float, float] | None, address: str
+) -> tuple[float, tuple[str, ...]]:
+    """Return the voxel size that the caller gives, and a note where the header states another."""
     size = float(voxel_size)
     if not (math.isfinite(size) and size > 0):
         raise SourceError(
@@ -295,16 +308,21 @@ def _checked_size(voxel_size: float, address: str) -> float:
             expected="a positive length in Å",
             remedy="pass it in Å",
         )
-    return size
+    if stated is None or all(abs(one / size - 1) <= ANISOTROPY for one in stated):
+        return size, ()
+    z, y, x = stated
+    return size, (
+        f"the header states voxel sizes of {z:g}, {y:g}, {x:g} Å (z, y, x); {size:g} Å as given is used",
+    )
 
 
-def _stated_size(stated: tuple[float, float, float] | None, address: str) -> float:
+def _stated_size(stated: tuple[float, float, float] | None, address: str) -> tuple[float, tuple[str, ...]]:
     """Return the voxel size that a header states, if it is one number and can be believed."""
     low, high = BELIEVABLE
     if stated is None or not all(low <= size <= high for size in stated):
         raise SourceError(
             f"{address} states no voxel size in a unit of length"
-            + (f" (z, y, x: {stated})" if stated else ""),
+            + (f" ({stated}, z, y, x)" if stated else ""),
             expected=f"one between {low:g} and {high:g} Å",
             remedy="pass voxel_size in Å",
         )
@@ -315,14 +333,12 @@ def _stated_size(stated: tuple[float, float, float] | None, address: str) -> flo
             remedy="pass voxel_size in Å if the voxels are cubes, else resample the tomogram",
         )
     size = float(f"{math.fsum(stated) / 3:.7g}")
-    if size == 1.0:
-        warnings.warn(
-            f"{address} states a voxel size of exactly 1 Å, which many programs write when they do not"
-            " know it; pass voxel_size in Å to be sure",
-            UserWarning,
-            stacklevel=3,
-        )
-    return size
+    if size != 1.0:
+        return size, ()
+    return size, (
+        "the header states a voxel size of exactly 1 Å, which many programs write when they do not know it;"
+        " pass voxel_size in Å to be sure",
+    )
 
 
 def _frame(shape: Shape, place: Place, size: float, beam_axis: BeamAxis, address: str) -> Frame:
