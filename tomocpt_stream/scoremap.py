@@ -1,0 +1,269 @@
+"""The stored heat map: its layout in a zarr store, its scores, marks and candidates read again.
+
+A map's store is an OME-Zarr 0.5 group: array "0" holds the scores on the working grid; `marks` says
+which voxels were scored and where picks may lie (only where a mask or constant fill left some out);
+`candidates/<chunk>` holds the local maxima of each chunk; `receipts/` says which chunks are done. The
+attribute `tomocpt_stream` holds everything that the scores depend on. What they do not depend on,
+the memory budget and the grouping of chunks into tasks, is not in it: a map that was begun under one
+budget goes on under another.
+"""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import zarr
+from zarr.codecs import BloscCodec
+
+from tomocpt_stream.blocks import box_of
+from tomocpt_stream.errors import CheckpointError
+from tomocpt_stream.frame import Frame, Grid
+from tomocpt_stream.peaks import CANDIDATE, MAX_CANDIDATES, flood, order, scan
+from tomocpt_stream.receipts import Receipts, StoreLike, as_store, config_hash, read_bytes
+from tomocpt_stream.scoring import ALLOWED, RECEIPTS
+from tomocpt_stream.volume import ATTRIBUTE, ome_metadata
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
+    import numpy.typing as npt
+    from zarr.abc.store import Store
+
+    from tomocpt_stream.blocks import BlockPlan, Span
+    from tomocpt_stream.frame import Shape
+    from tomocpt_stream.volume import Volume
+
+SEAMS = "candidates/seams"
+
+
+class Heatmap:
+    """A finished map of scores in a store, on the working grid of its volume.
+
+    `array` is a zarr array, float32, zyx; `frame` and `grid` say where its voxels lie in the file.
+    """
+
+    def __init__(self, store: Store, attributes: dict[str, Any]) -> None:
+        group = zarr.open_group(store, mode="r")
+        self.store = store
+        self.array: zarr.Array[Any] = member(group, "0")
+        self.marks = member(group, "marks") if "marks" in group else None
+        self.name = str(attributes["name"])
+        self.frame = Frame.from_json(attributes["frame"])
+        self.grid = Grid.from_json(attributes["grid"])
+        self.config: dict[str, Any] = attributes["config"]
+        self.finished: dict[str, Any] = attributes["finished"]
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (open_heatmap, (self.store,))
+
+    def __repr__(self) -> str:
+        return f"Heatmap({self.name!r}, shape={self.shape}, voxel_size={self.voxel_size:g})"
+
+    @property
+    def shape(self) -> Shape:
+        """Voxels of the working grid, zyx."""
+        return self.grid.shape
+
+    @property
+    def voxel_size(self) -> float:
+        """The working voxel size in Å."""
+        return self.grid.voxel_size
+
+    @property
+    def source_shape(self) -> Shape:
+        """Voxels of the tomogram as read, zyx."""
+        return self.frame.shape
+
+    @property
+    def source_voxel_size(self) -> float:
+        """The tomogram's voxel size in Å."""
+        return self.frame.voxel_size
+
+    @property
+    def candidate_floor(self) -> float:
+        """The score above which candidates are stored; below it the map is read again."""
+        return float(self.config["floor"])
+
+    @property
+    def scored_voxels(self) -> int:
+        """Voxels to which a scored window contributed; the others are 0."""
+        return int(self.finished["scored"])
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether all scores are equal."""
+        return bool(self.finished["minimum"] == self.finished["maximum"])
+
+    def to_dask(self) -> Any:
+        """Return the map as a dask array with one block a stored chunk."""
+        import dask.array  # noqa: TID251 - dask is loaded only by who asks for it
+
+        return dask.array.from_array(self.array, chunks=self.array.chunks)
+
+    def candidates(self) -> pd.DataFrame:
+        """Return the stored local maxima, best first: z, y, x (working voxels), score, dz, dy, dx.
+
+        dz, dy and dx lead from the voxel to the refined top.
+        """
+        return pd.DataFrame(self.candidate_table())
+
+    def candidate_table(self) -> npt.NDArray[np.void]:
+        """Return the candidates above `candidate_floor` as a structured array, best first."""
+        if self.is_constant:
+            return np.zeros(0, dtype=CANDIDATE)
+        receipts = Receipts(self.store, RECEIPTS).all()
+        tables = [self._stored(f"candidates/{key}") for key in receipts]
+        tables += [self._stored(SEAMS)]
+        for receipt in receipts.values():
+            if receipt["constant"] and receipt["maximum"] > self.candidate_floor:
+                tables.append(
+                    self._allowed(scan(self.array, box_of(receipt["settled"]), self.candidate_floor))
+                )
+        return order(np.concatenate(tables), self.shape)
+
+    def scan(self, threshold: float) -> npt.NDArray[np.void]:
+        """Return the local maxima above any threshold by reading the map again, best first."""
+        tables, count = [], 0
+        for spans in pieces(tuple((0, n) for n in self.shape), self.array.chunks):
+            tables.append(self._allowed(scan(self.array, box_of(spans), threshold)))
+            count += len(tables[-1])
+            if count > MAX_CANDIDATES:
+                raise flood(self.name, count)
+        return order(np.concatenate(tables), self.shape)
+
+    def _stored(self, key: str) -> npt.NDArray[np.void]:
+        data = read_bytes(self.store, key)
+        if data is None:
+            raise CheckpointError(
+                f"the map of {self.name} lacks the object {key}",
+                expected="every object that its receipts name",
+                remedy="delete the store and predict again",
+            )
+        return np.frombuffer(data, dtype=CANDIDATE)
+
+    def _allowed(self, found: npt.NDArray[np.void]) -> npt.NDArray[np.void]:
+        if self.marks is None or not len(found):
+            return found
+        points = tuple(np.asarray(found[axis], dtype=np.intp) for axis in "zyx")
+        marks = np.asarray(self.marks.get_coordinate_selection(points))
+        allowed: npt.NDArray[np.void] = found[(marks & ALLOWED) != 0]
+        return allowed
+
+
+def open_heatmap(store: StoreLike) -> Heatmap:
+    """Open the finished map in `store` (a path or a zarr store); no score is read.
+
+    Raises
+    ------
+    CheckpointError
+        There is no map in the store, or it is not finished.
+    """
+    target = as_store(store)
+    attributes = _attributes(target)
+    if attributes is None or "finished" not in attributes:
+        state = "holds no heat map" if attributes is None else "holds a heat map that is not finished"
+        raise CheckpointError(
+            f"{store} {state}",
+            expected="a store that `predict` wrote to its end",
+            remedy="run `predict` with this store; it goes on where it stopped",
+        )
+    return Heatmap(target, attributes)
+
+
+def claim_store(store: Store, volume: Volume, plan: BlockPlan, config: dict[str, Any]) -> dict[str, Any]:
+    """Lay out an empty store, or return the attributes of one laid out for the same map."""
+    found = _attributes(store)
+    if found is not None:
+        theirs = found["config"]
+        differing = sorted(key for key in {*theirs, *config} if theirs.get(key) != config.get(key))
+        if differing:
+            raise CheckpointError(
+                f"the store holds a heat map of {found['name']} with another {', '.join(differing)}",
+                expected="an empty store, or one of the same map",
+                remedy="give another store, or delete this one",
+            )
+        return found
+    if _holds_something(store):
+        raise CheckpointError(
+            f"{store} holds something that is not a heat map",
+            expected="an empty store",
+            remedy="give another store; nothing in it was touched",
+        )
+    attributes = {
+        "kind": "heatmap",
+        "name": volume.name,
+        "frame": volume.frame.to_json(),
+        "grid": volume.grid.to_json(),
+        "config": config,
+        "hash": config_hash(config),
+    }
+    ome = ome_metadata(volume.name, volume.grid, volume.source_voxel_size)
+    group = zarr.create_group(store, zarr_format=3)
+    _create(group, "0", plan, "float32")
+    if config["mask"] is not None or volume.fill is not None:
+        _create(group, "marks", plan, "uint8")
+    claim: dict[str, Any] = {"ome": ome, ATTRIBUTE: attributes}
+    group.attrs.put(claim)  # last: a store without it was never claimed
+    return attributes
+
+
+def _create(group: zarr.Group, name: str, plan: BlockPlan, dtype: str) -> None:
+    group.create_array(
+        name,
+        shape=plan.shape,
+        chunks=plan.chunk,
+        dtype=dtype,
+        fill_value=0,
+        compressors=BloscCodec(cname="zstd", clevel=1, shuffle="shuffle"),
+        dimension_names=("z", "y", "x"),
+        config={"write_empty_chunks": True},
+        overwrite=True,
+    )
+
+
+def _attributes(store: Store) -> dict[str, Any] | None:
+    """Return what a heat map's group says of itself, or None where the store holds none."""
+    try:
+        group = zarr.open_group(store, mode="r")
+    except (FileNotFoundError, ValueError, KeyError):
+        return None
+    found = group.attrs.asdict().get(ATTRIBUTE)
+    return dict(found) if isinstance(found, dict) and found.get("kind") == "heatmap" else None
+
+
+def _holds_something(store: Store) -> bool:
+    """Return whether a store has a group of somebody else's: one with attributes, or an array."""
+    try:
+        node = zarr.open(store, mode="r")
+    except (FileNotFoundError, ValueError, KeyError):
+        return False
+    return isinstance(node, zarr.Array) or bool(node.attrs.asdict())
+
+
+def member(group: zarr.Group, name: str) -> zarr.Array[Any]:
+    """Return an array of a map's group."""
+    array = group[name]
+    if not isinstance(array, zarr.Array):
+        raise CheckpointError(
+            f"{name!r} in the store is no array", expected="a heat map's store", remedy="predict again"
+        )
+    return array
+
+
+def pieces(spans: Iterable[Span], size: Sequence[int]) -> Iterator[tuple[Span, Span, Span]]:
+    """Yield a box cut into boxes of at most `size`, in raster order."""
+    axes = [
+        [(start, min(start + step, stop)) for start in range(first, stop, step)]
+        for (first, stop), step in zip(spans, size, strict=True)
+    ]
+    for piece in product(*axes):
+        yield as_spans(piece)
+
+
+def as_spans(spans: Iterable[Sequence[int]]) -> tuple[Span, Span, Span]:
+    """Return three spans of ints from JSON or from any three pairs."""
+    z, y, x = ((int(start), int(stop)) for start, stop in spans)
+    return (z, y, x)
