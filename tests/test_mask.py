@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import mrcfile
+import numpy as np
+import pytest
+
+from tomocpt_stream.errors import SourceError
+from tomocpt_stream.frame import working_grid
+from tomocpt_stream.mask import open_mask
+from tomocpt_stream.tomogram import Tomogram, open_tomogram
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+SHAPE = (20, 30, 40)
+
+
+def _tomogram(**options: Any) -> Tomogram:
+    array = np.random.default_rng(0).normal(size=SHAPE).astype(np.float32)
+    return open_tomogram(array, voxel_size=10.0, **options)
+
+
+def _write(path: Path, array: Any, voxel_size: float) -> Path:
+    with mrcfile.new(path) as file:
+        file.set_data(array.astype(np.int8))
+        file.voxel_size = voxel_size
+    return path
+
+
+def _blob(shape: Any) -> Any:
+    mask = np.zeros(shape, dtype=bool)
+    mask[tuple(slice(n // 4, n // 2) for n in shape)] = True
+    return mask
+
+
+WHOLE = ((0, 20), (0, 30), (0, 40))
+
+
+def test_a_mask_on_the_tomograms_own_voxels_is_the_mask() -> None:
+    tomogram = _tomogram()
+    mask = open_mask(_blob(SHAPE), tomogram.frame, working_grid(SHAPE, 10.0, 10.0))
+    np.testing.assert_array_equal(mask.inside(WHOLE), _blob(SHAPE))
+    part = ((3, 9), (5, 20), (8, 31))
+    np.testing.assert_array_equal(mask.inside(part), _blob(SHAPE)[3:9, 5:20, 8:31])
+    mask.hold(WHOLE)
+    assert mask.holds_any(((0, 6), (0, 8), (0, 11)))
+    assert not mask.holds_any(((0, 5), (0, 30), (0, 40)))
+    assert not mask.holds_any(((10, 20), (0, 30), (0, 40)))
+
+
+@pytest.mark.parametrize("voxel_size", [7.0, 13.0, 25.0])
+def test_a_working_voxel_takes_the_mask_at_its_nearest_source_voxel(voxel_size: float) -> None:
+    tomogram, grid = _tomogram(), working_grid(SHAPE, 10.0, voxel_size)
+    inside = open_mask(_blob(SHAPE), tomogram.frame, grid).inside(
+        tuple((0, n) for n in grid.shape)  # type: ignore[arg-type]
+    )
+    working = np.argwhere(np.ones(grid.shape))
+    source = np.floor(grid.to_source(working) + 0.5).astype(int).clip(0, np.array(SHAPE) - 1)
+    np.testing.assert_array_equal(inside.ravel(), _blob(SHAPE)[tuple(source.T)])
+
+
+def test_a_thin_mask_between_working_voxels_keeps_its_windows() -> None:
+    thin = np.zeros(SHAPE, dtype=bool)
+    thin[:, :, 21] = True  # no working voxel of 4 source voxels lies nearest to it
+    grid = working_grid(SHAPE, 10.0, 40.0)
+    mask = open_mask(thin, _tomogram().frame, grid)
+    whole = tuple((0, n) for n in grid.shape)
+    mask.hold(whole)  # type: ignore[arg-type]
+    assert mask.holds_any(whole)  # type: ignore[arg-type]
+
+
+def test_an_unturned_volume_has_its_mask_in_the_files_axes(tmp_path: Path) -> None:
+    tomogram = _tomogram(beam_axis="y")
+    grid = working_grid(tomogram.shape, 10.0, 10.0)
+    turned = open_tomogram(_blob(SHAPE).astype(np.float32), voxel_size=10.0, beam_axis="y")
+    whole = tuple(slice(0, n) for n in tomogram.shape)
+    expected = turned.read(whole) != 0  # type: ignore[arg-type]
+    for given in (_blob(SHAPE), _write(tmp_path / "m.mrc", _blob(SHAPE), 10.0)):
+        inside = open_mask(given, tomogram.frame, grid).inside(tuple((0, n) for n in tomogram.shape))  # type: ignore[arg-type]
+        np.testing.assert_array_equal(inside, expected)
+
+
+@pytest.mark.parametrize("header", [0.0, 1.0, 10.0, 3.3])
+def test_a_mask_of_the_files_shape_needs_no_voxel_size(tmp_path: Path, header: float) -> None:
+    path = _write(tmp_path / "m.mrc", _blob(SHAPE), header)
+    mask = open_mask(path, _tomogram().frame, working_grid(SHAPE, 10.0, 10.0))
+    np.testing.assert_array_equal(mask.inside(WHOLE), _blob(SHAPE))
+
+
+def test_other_extents_and_numbers_are_refused(tmp_path: Path) -> None:
+    frame, grid = _tomogram().frame, working_grid(SHAPE, 10.0, 10.0)
+    with pytest.raises(SourceError, match=r"spans 100 x 150 x 200 Å.*200 x 300 x 400 Å"):
+        open_mask(_write(tmp_path / "m.mrc", _blob((10, 15, 20)), 10.0), frame, grid)
+    with pytest.raises(SourceError, match="spans"):
+        open_mask(np.ones((20, 30, 41)), frame, grid)
+    broken = np.ones(SHAPE, dtype=np.float32)
+    broken[3, 3, 3] = np.nan
+    with pytest.raises(SourceError, match="not a number"):
+        open_mask(broken, frame, grid).inside(WHOLE)
+
+
+def test_masks_that_differ_have_other_fingerprints() -> None:
+    frame, grid = _tomogram().frame, working_grid(SHAPE, 10.0, 10.0)
+    other = _blob(SHAPE)
+    other[0, 0, 0] = True
+    first, again, second = (
+        open_mask(m, frame, grid).fingerprint for m in (_blob(SHAPE), _blob(SHAPE), other)
+    )
+    assert first == again != second

@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from zarr.storage import MemoryStore
+
+from tests.cuts import budget
+from tests.scorers import SMALL
+from tomocpt_stream.blocks import plan_blocks, reflect
+from tomocpt_stream.tomogram import open_tomogram
+from tomocpt_stream.volume import Volume, ingest
+from tomocpt_stream.windows import Rows, normalise
+
+
+def _volume(array: Any) -> Volume:
+    return ingest(open_tomogram(array, voxel_size=10.0), MemoryStore(), voxel_size=10.0)
+
+
+def _noise(shape: Any) -> Any:
+    return np.random.default_rng(0).normal(size=shape).astype(np.float32)
+
+
+def test_normalisation_is_equation_5_clipped() -> None:
+    voxels = np.array([-9.0, 1.0, 2.0, 2.5, 9.0], dtype=np.float32)
+    expected = np.clip((voxels - 2.0) / (3.0 - 1.5), -3, 3)
+    np.testing.assert_array_equal(normalise(voxels.copy(), (1.5, 2.0, 3.0)), expected)
+
+
+@pytest.mark.parametrize("shape", [(50, 40, 45), (9, 70, 4), (1, 20, 20)])
+@pytest.mark.parametrize("share", [0.0, 1.0])
+@pytest.mark.parametrize("negate", [False, True])
+def test_a_window_sees_the_reflected_volume(shape: Any, share: float, negate: bool) -> None:
+    volume = _volume(_noise(shape))
+    voxels = normalise(_noise(shape), volume.percentiles) * (-1 if negate else 1)
+    memory = budget(shape, SMALL, share, stitch="hann", chunk=10)
+    plan = plan_blocks(shape, SMALL, stitch="hann", chunk=10, memory=memory)
+    for task in plan.tasks:
+        rows = Rows(volume, plan, task, negate=negate)
+        for row in range(*task.window_spans[0]):
+            rows.advance(row)
+            for z, y, x in (index for index in task.windows if index[0] == row):
+                spans = [SMALL.span(axis, k) for axis, k in enumerate((z, y, x))]
+                seen = voxels[np.ix_(*(reflect(*span, n) for span, n in zip(spans, shape, strict=True)))]
+                np.testing.assert_array_equal(rows.window(y, x), seen)
+                assert not rows.is_left_out(y, x)
+
+
+def test_a_task_reads_each_voxel_about_once() -> None:
+    shape = (100, 60, 60)
+    volume = _volume(_noise(shape))
+    plan = plan_blocks(shape, SMALL, stitch="hann", memory=10**12)
+    (task,) = plan.tasks
+    rows = Rows(volume, plan, task, negate=False)
+    for row in range(*task.window_spans[0]):
+        rows.advance(row)
+    # Only the planes that a face reflects are read a second time.
+    faces = 2 * SMALL.shape[0] * 60 * 60 * 4
+    assert 100 * 60 * 60 * 4 <= rows.bytes_read <= 100 * 60 * 60 * 4 + faces
+
+
+def test_a_window_is_left_out_where_all_its_voxels_are_fill() -> None:
+    array = _noise((40, 50, 60))
+    array[:, :, 31:] = 5.0
+    volume = _volume(array)
+    plan = plan_blocks(volume.shape, SMALL, stitch="crop", memory=10**12)
+    rows = Rows(volume, plan, plan.tasks[0], negate=False)
+    rows.advance(1)
+    left_out = [rows.is_left_out(2, x) for x in range(SMALL.lattice(volume.shape)[2])]
+    assert left_out == [SMALL.span(2, x)[0] >= 31 for x in range(len(left_out))]
+    assert any(left_out)
+    assert not all(left_out)
