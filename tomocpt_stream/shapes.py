@@ -147,7 +147,13 @@ _HELD_OUT: dict[str, Distance] = {
     "bowl": lambda p: _cut(
         _cut(_ball(p, 1.0), _ball(p, 0.6)), _brick(p - _vector((0, 0, 1.1)), (1.2, 1.2, 0.9))
     ),
-    "rings": lambda p: _union(*(_torus(p, 0.42, 0.22, height) for height in (-0.66, -0.22, 0.22, 0.66))),
+    "rings": lambda p: _union(
+        *(_torus(p, 0.62, 0.22, height) for height in (-0.5, 0.5)),
+        *(
+            _capsule(p, (x, y, -0.5), (x, y, 0.5), 0.16)
+            for x, y in ((0.62, 0.0), (-0.31, 0.54), (-0.31, -0.54))
+        ),
+    ),
     "mushroom": lambda p: _union(
         _ellipsoid(p, (0.85, 0.85, 0.4), (0.0, 0.0, 0.5)),
         _capsule(p, (0.0, 0.0, -0.6), (0.0, 0.0, 0.5), 0.26),
@@ -187,32 +193,42 @@ SHAPES_DISTRACTOR: tuple[str, ...] = ("brick", "pebble", "bean", "peanut")
 
 
 def _blob(p: Field, seed: int) -> Field:
-    """Return a procedural solid: a chain of ellipsoidal domains, alone or copied round an axis."""
+    """Return a procedural solid: a chain of ellipsoidal domains, copied round an axis or on a shell."""
     rng = np.random.default_rng([seed, 0xB10B])
-    domains = int(rng.integers(2, 9))
-    copies = int(rng.choice([1, 1, 1, 2, 3, 4, 5, 7]))
-    # Copies lie 0.3 to 0.5 units apart, less than two half-axes: nothing falls to pieces.
-    offset = float(rng.uniform(0.15, 0.25) / np.sin(np.pi / copies)) if copies > 1 else 0.0
+    form = rng.choice(["chain", "ring", "shell"], p=[0.45, 0.35, 0.2])
+    copies = int(rng.choice([2, 3, 4, 5, 6, 7])) if form == "ring" else 1
+    domains = {
+        "chain": int(rng.integers(2, 9)),
+        "ring": int(rng.integers(1, 4)),
+        "shell": int(rng.integers(0, 4)),
+    }
+    # Copies lie 0.3 to 0.55 units apart, less than two half-axes: nothing falls to pieces.
+    offset = float(rng.uniform(0.15, 0.275) / np.sin(np.pi / copies)) if copies > 1 else 0.0
     at = np.array([offset, 0.0, 0.0])
     parts: list[tuple[Vector, Vector]] = []
-    for _ in range(domains if copies == 1 else max(1, domains // 2)):
-        axes = rng.uniform(0.28, 0.55, size=3)
-        parts.append(
-            ((float(at[0]), float(at[1]), float(at[2])), (float(axes[0]), float(axes[1]), float(axes[2])))
-        )
+    shell = rng.uniform(0.9, 1.5, size=3)
+    for _ in range(domains[form]):
         step = rng.normal(size=3)
-        at = at + step / np.linalg.norm(step) * rng.uniform(0.3, 0.5)
-        at *= min(1.0, 1.8 / float(np.linalg.norm(at)))
-    hollow = float(rng.uniform(0.25, 0.5)) if rng.random() < 0.2 else 0.0
-    shrink = np.float32(2.0)  # chains reach 1.8 + 0.55 units; the survey grid ends at 1.25
-    distances = [
-        _ellipsoid(_turned(p * shrink, 2 * np.pi * copy / copies), axes, centre) / shrink
+        step /= np.sqrt((step * step).sum())
+        if form == "shell":
+            at = step * shell
+        parts.append((_triple(at), _triple(rng.uniform(0.32, 0.6, size=3))))
+        at = at + step * rng.uniform(0.3, 0.55)
+        at *= min(1.0, 1.8 / float(np.sqrt((at * at).sum())))
+    q = p * np.float32(2.0)  # chains and shells reach 1.8 + 0.6 units; the survey grid ends at 1.25
+    bodies = [
+        _ellipsoid(_turned(q, 2 * np.pi * copy / copies), axes, centre)
         for copy in range(copies)
         for centre, axes in parts
     ]
-    body = _union(*distances)
-    # A ball cut out of the middle leaves assemblies with a hole, as rings and cages have.
-    return _cut(body, _ball(p * shrink, hollow) / shrink) if hollow and copies > 1 else body
+    if form == "shell":
+        inner = shell - rng.uniform(0.3, 0.6)
+        bodies.append(_cut(_ellipsoid(q, _triple(shell)), _ellipsoid(q, _triple(inner))))
+    return _union(*bodies) / np.float32(2.0)
+
+
+def _triple(values: Array) -> Vector:
+    return (float(values[0]), float(values[1]), float(values[2]))
 
 
 def _turned(p: Field, angle: float) -> Field:
@@ -339,8 +355,7 @@ def _survey(kind: str) -> tuple[float, Vector, Vector]:
         longest = max(longest, refined)
     low = (balls - radii[:, None]).min(axis=0)
     high = (balls + radii[:, None]).max(axis=0)
-    corners = [(float(c[0]), float(c[1]), float(c[2])) for c in (low, high)]
-    return longest, corners[0], corners[1]
+    return longest, _triple(low), _triple(high)
 
 
 def _width(balls: Array, radii: Array, way: Array) -> tuple[float, Array]:
@@ -383,6 +398,6 @@ def _finish(kind: str, density: Field, pitch: float, diameter: float) -> Templat
         float((weights.sum(axis=tuple(k for k in range(3) if k != axis)) @ np.arange(n)) / mass)
         for axis, n in enumerate(weights.shape)
     ]
-    body = np.argwhere(smooth > 0.3 * smooth.max())
+    body = np.argwhere(smooth > 0.3 * min(1.0, float(smooth.max())))
     radius = float(np.linalg.norm(body - np.array(centre), axis=1).max()) * pitch
-    return Template(kind, smooth, pitch, (centre[0], centre[1], centre[2]), radius, diameter)
+    return Template(kind, smooth, pitch, _triple(np.array(centre)), radius, diameter)
