@@ -65,7 +65,8 @@ class SpecimenOptions:
         procedural one "blob:<seed>", or the path of a density map.
     count : targets in the field of view, shared evenly among the kinds.
     scale_maps : scale the longest axis of density maps to `diameter`; otherwise they keep their Å.
-    distractors : number of distractors in the field; `distractor_kinds` their kinds in turn.
+    distractors : number of distractors in the field.
+    distractor_kinds : their kinds in turn; density maps keep their size.
     distractor_sizes : least and greatest longest axis of a distractor, in diameters.
     filaments : long rods in the field, 1.8 to 2.6 diameters long, role "distractor".
     gold, gold_diameter : beads in the field, and their diameter in Å.
