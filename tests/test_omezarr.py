@@ -316,6 +316,44 @@ def test_a_published_sample_in_micrometers(shared_data: Path) -> None:
     assert np.count_nonzero(read(labels)) == 0
 
 
+@pytest.mark.parametrize(
+    ("image", "says"),
+    [
+        ({"axes": ["z", "y", "x"], "datasets": []}, "no datasets"),
+        ({"axes": ["z", "y", "x"]}, "KeyError: 'datasets'"),
+        ({"datasets": [{"coordinateTransformations": []}]}, "KeyError: 'path'"),
+        (
+            {
+                "axes": ["z", "y", "x"],
+                "datasets": [{"path": "0", "coordinateTransformations": [scale(1, 2)]}],
+            },
+            "for 3 axes",
+        ),
+        (
+            {
+                "axes": ["z", "y", "x"],
+                "datasets": [{"path": "0", "coordinateTransformations": [scale(1, 0, 2)]}],
+            },
+            "a scale of",
+        ),
+        (
+            {
+                "axes": ["z", "y", "x"],
+                "datasets": [{"path": "0", "coordinateTransformations": [{"type": "scale"}]}],
+            },
+            "KeyError",
+        ),
+        ([], "list"),
+    ],
+)
+def test_metadata_that_make_no_sense_say_why(image: Any, says: str) -> None:
+    store = MemoryStore()
+    write_image(store, {"0": FINE}, form=2)
+    write_bytes(store, ".zattrs", json.dumps({"multiscales": [image]}).encode())
+    with pytest.raises(SourceError, match=f"a has OME-Zarr metadata that make no sense .*{says}"):
+        open_zarr(store, "", 0, "error", "a")
+
+
 JSON = st.recursive(
     st.none()
     | st.booleans()

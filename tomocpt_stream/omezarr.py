@@ -75,8 +75,6 @@ def open_zarr(
     try:
         image = _image(node.attributes)
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-        if isinstance(error, SourceError):
-            raise
         raise SourceError(
             f"{address} has OME-Zarr metadata that make no sense ({type(error).__name__}: {error})",
             expected="`multiscales` with `axes` and `datasets` as in OME-Zarr 0.4 and 0.5",
