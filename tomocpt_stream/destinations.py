@@ -81,7 +81,7 @@ def unique_names(sources: Sequence[str]) -> dict[str, str]:
     in front.
     """
     paths = {source: Path(source.removeprefix("file://")).absolute() for source in sources}
-    places = Counter(path.resolve() for path in paths.values())
+    places = Counter(paths[source].resolve() for source in sources)
     if repeated := [str(place) for place, times in places.items() if times > 1]:
         raise PlanError(
             f"{', '.join(repeated)} given more than once",
