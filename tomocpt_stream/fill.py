@@ -11,7 +11,6 @@ are joined across boxes by union-find. Memory: one read tile, and one layer of b
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections import Counter
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ import numpy.typing as npt
 from scipy import ndimage
 
 from tomocpt_stream.progress import Progress, silent
+from tomocpt_stream.tiles import cut, prefetch, voxels_of, whole
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -36,9 +36,9 @@ Labels = npt.NDArray[np.int64]
 
 SHARE = 0.01
 BOX = 128
-_TILE = 2  # boxes a side of one read: fewer, larger reads decode a stored chunk less often
+_TILE = (BOX, 2 * BOX, 2 * BOX)  # one read: larger reads decode a stored chunk less often
 _CANDIDATES = 4
-_STRIP = 1 << 24
+_STRIP = 1 << 25
 
 
 @dataclass(frozen=True)
@@ -114,9 +114,10 @@ def find_fill(
     labellers = {value: _Labeller(shape) for value in candidates}
     seen, total = 0, math.prod(shape)
     for box, padded in _boxes(read, shape):
+        some = has_constant_cube(padded)
         for value, labeller in labellers.items():
-            labeller.take(box, solid(padded == value))
-        seen += math.prod(side.stop - side.start for side in box)
+            labeller.take(box, solid(padded == value) if some else None)
+        seen += voxels_of(box)
         progress("fill", seen, total)
     at_faces = {value: labeller.regions.at_faces() for value, labeller in labellers.items()}
     found = {value: entry for value, entry in at_faces.items() if entry[1] > SHARE * total}
@@ -134,8 +135,9 @@ def _write_mask(
     labellers = {value: _Labeller(shape) for value in found}
     for box, padded in _boxes(read, shape):
         filled = np.zeros([side.stop - side.start for side in box], np.bool_)
+        some = has_constant_cube(padded)
         for value, labeller in labellers.items():
-            numbers = labeller.number(box, solid(padded == value))
+            numbers = labeller.number(box, solid(padded == value) if some else None)
             if numbers is not None:
                 filled |= np.concatenate([[False], found[value]])[numbers]
         mask[box] = filled
@@ -153,6 +155,18 @@ def face_values(read: Callable[[Box], Floats], shape: Shape) -> list[float]:
         counts.update(dict(zip(values.tolist(), numbers.tolist(), strict=True)))
     ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     return [value for value, _ in ranked[:_CANDIDATES]]
+
+
+def has_constant_cube(voxels: Floats) -> bool:
+    """Return whether any 2 x 2 x 2 cube holds one value: the cheap question that most boxes answer no."""
+    rows = voxels[:, :, 1:] == voxels[:, :, :-1]
+    squares = rows[:, 1:] & rows[:, :-1]
+    squares &= voxels[:, 1:, 1:] == voxels[:, :-1, 1:]
+    if not squares.any():
+        return False
+    cubes = squares[1:] & squares[:-1]
+    cubes &= voxels[1:, 1:, 1:] == voxels[:-1, 1:, 1:]
+    return bool(cubes.any())
 
 
 def solid(equal: Bools) -> Bools:
@@ -179,7 +193,7 @@ class _Labeller:
         self._next = 0
         self.regions = Regions()
 
-    def take(self, box: Box, solid_voxels: Bools) -> None:
+    def take(self, box: Box, solid_voxels: Bools | None) -> None:
         """Add the regions of a box and join them with those of the boxes before it."""
         numbers = self.number(box, solid_voxels, register=True)
         for axis in range(3):
@@ -193,9 +207,9 @@ class _Labeller:
         if numbers is not None:
             self._keep_sides(box, numbers)
 
-    def number(self, box: Box, solid_voxels: Bools, *, register: bool = False) -> Labels | None:
+    def number(self, box: Box, solid_voxels: Bools | None, *, register: bool = False) -> Labels | None:
         """Return the region of each voxel, counted from 1; 0 where none; None where there is none at all."""
-        if not solid_voxels.any():
+        if solid_voxels is None or not solid_voxels.any():
             return None
         labels, count = ndimage.label(solid_voxels)
         sides = [np.unique(np.take(labels, at, axis=axis)) for axis in range(3) for at in (0, -1)]
@@ -228,31 +242,26 @@ class _Labeller:
 
 def _boxes(read: Callable[[Box], Floats], shape: Shape) -> Iterator[tuple[Box, Floats]]:
     """Yield each box of the lattice and its voxels with a halo of one, tile by tile."""
-    for tile in _lattice(tuple(slice(0, n) for n in shape), BOX * _TILE):
-        halo = [slice(max(0, s.start - 1), min(n, s.stop + 1)) for s, n in zip(tile, shape, strict=True)]
-        voxels = read((halo[0], halo[1], halo[2]))
-        beyond = [(int(s.start == 0), int(s.stop == n)) for s, n in zip(tile, shape, strict=True)]
-        padded = np.pad(voxels, beyond, mode="edge") if np.any(beyond) else voxels
-        for box in _lattice(tile, BOX):
-            inner = tuple(
-                slice(b.start - t.start, b.stop - t.start + 2) for b, t in zip(box, tile, strict=True)
-            )
-            yield box, padded[inner]
 
+    def read_padded(tile: Box) -> Floats:
+        z, y, x = (
+            slice(max(0, side.start - 1), min(n, side.stop + 1)) for side, n in zip(tile, shape, strict=True)
+        )
+        ends = [(int(side.start == 0), int(side.stop == n)) for side, n in zip(tile, shape, strict=True)]
+        return np.pad(read((z, y, x)), ends, mode="edge")
 
-def _lattice(within: tuple[slice, ...], edge: int) -> Iterator[Box]:
-    """Yield the boxes of the lattice of cubes of `edge` that lie in `within`, in lattice order."""
-    starts = [range(side.start, side.stop, edge) for side in within]
-    for z, y, x in itertools.product(*starts):
-        ends = [min(at + edge, side.stop) for at, side in zip((z, y, x), within, strict=True)]
-        yield slice(z, ends[0]), slice(y, ends[1]), slice(x, ends[2])
+    for tile, padded in prefetch(read_padded, cut(whole(shape), _TILE)):
+        for box in cut(tile, (BOX, BOX, BOX)):
+            z, y, x = (slice(b.start - t.start, b.stop - t.start + 2) for b, t in zip(box, tile, strict=True))
+            yield box, padded[z, y, x]
 
 
 def _faces(shape: Shape) -> Iterator[tuple[int, Box]]:
     """Yield the six faces, each as its axis and boxes one voxel thick: strips that share a line."""
     for axis in range(3):
         along, across = [other for other in range(3) if other != axis]
-        step = max(1, _STRIP // shape[across])
+        # A strip along z touches much of every plane of a mapped file, which stays in memory with it.
+        step = max(1, _STRIP // (shape[1] * shape[2] if along == 0 else shape[across]))
         for at in sorted({0, shape[axis] - 1}):
             for start in range(0, max(1, shape[along] - 1), step):
                 box = [slice(0, n) for n in shape]

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from tomocpt_stream.resample import axis_taps, resample_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Generator, Iterable, Iterator
 
     from tomocpt_stream.frame import Box, Grid, Rule, Shape
 
@@ -28,7 +28,7 @@ Floats = npt.NDArray[np.float32]
 
 CHUNK = 64  # edge of a stored chunk of a volume
 WORKERS = 2
-TILE_BYTES = 80 << 20  # source and working voxels of one tile in one worker
+TILE_BYTES = 64 << 20  # source and working voxels of one tile in one worker
 BLOCK_BYTES = 16 << 20  # one block of a pass over all voxels
 
 
@@ -68,14 +68,12 @@ def _axis_cost(
     grid: Grid, source_shape: Shape, chunks: Shape, rule: Rule, axis: int, edge: int
 ) -> tuple[int, float]:
     """Return the longest source span of tiles of `edge`, and source voxels read over those there are."""
-    longest, touched = 0, 0
+    longest, touched, length, chunk = 0, 0, source_shape[axis], chunks[axis]
     for start in range(0, grid.shape[axis], edge):
         span = _span(grid, source_shape, rule, axis, slice(start, min(start + edge, grid.shape[axis])))
         longest = max(longest, span.stop - span.start)
-        touched += (
-            math.ceil(span.stop / chunks[axis]) * chunks[axis] - span.start // chunks[axis] * chunks[axis]
-        )
-    return longest, touched / source_shape[axis]
+        touched += min(length, math.ceil(span.stop / chunk) * chunk) - span.start // chunk * chunk
+    return longest, touched / length
 
 
 def _span(grid: Grid, source_shape: Shape, rule: Rule, axis: int, side: slice) -> slice:
@@ -119,7 +117,7 @@ def voxels_of(box: Box) -> int:
     return math.prod(side.stop - side.start for side in box)
 
 
-def drain(works: list[Iterator[int]]) -> Iterator[int]:
+def drain(works: list[Iterator[int]]) -> Generator[int, None, None]:
     """Run generators on a few threads and yield what they yield; the first error stops them all."""
     done: queue.SimpleQueue[int | BaseException | None] = queue.SimpleQueue()
     stop = threading.Event()

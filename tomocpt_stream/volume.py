@@ -9,52 +9,29 @@ memory, threads or on how often the work was interrupted.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import numpy.typing as npt
 import zarr
-from zarr.codecs import BloscCodec
 from zarr.storage import LocalStore
 
-from tomocpt_stream.errors import CheckpointError, PlanError, SourceError
-from tomocpt_stream.fill import BOX, Fill, find_fill
+from tomocpt_stream.errors import CheckpointError, PlanError
 from tomocpt_stream.frame import RULES, Frame, Grid, Rule, working_grid
-from tomocpt_stream.percentiles import exact_percentiles
+from tomocpt_stream.ingestion import CheckedSource, Ingestion, settle_fill, settle_percentiles, volume_array
 from tomocpt_stream.progress import Progress, silent
 from tomocpt_stream.receipts import Receipts, as_store, config_hash, read_json
-from tomocpt_stream.resample import resample_box, resample_mask
-from tomocpt_stream.tiles import (
-    BLOCK_BYTES,
-    CHUNK,
-    cut,
-    drain,
-    plan_tiles,
-    planes_at_a_time,
-    prefetch,
-    slabs,
-    voxels_of,
-    whole,
-)
+from tomocpt_stream.tiles import CHUNK
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from zarr.abc.store import Store
-    from zarr.core.array_spec import ArrayConfigParams
 
-    from tomocpt_stream.frame import Box, Shape
+    from tomocpt_stream.frame import Shape
     from tomocpt_stream.receipts import StoreLike
     from tomocpt_stream.tomogram import Tomogram
-
-Floats = npt.NDArray[np.float32]
 
 FORMAT_VERSION = 1
 ATTRIBUTE = "tomocpt_stream"
@@ -143,13 +120,13 @@ def ingest(
     group, attributes = _claim(target, tomogram, grid, rule, voxel_size)
     if "percentiles" in attributes:
         return open_volume(target)
-    source = _Source(tomogram)
-    fill = _settle_fill(group, source, rule, progress)
-    array = _array(group, "0", grid.shape, "float32")
-    filled = None if fill is None else _array(group, "fill", grid.shape, "bool")
-    job = _Ingest(source, grid, rule, fill, array, filled, Receipts(target, "volume"))
+    source = CheckedSource(tomogram)
+    fill = settle_fill(group, source, rule, progress)
+    array = volume_array(group, "0", grid.shape, "float32")
+    filled = None if fill is None else volume_array(group, "fill", grid.shape, "bool")
+    job = Ingestion(source, grid, rule, fill, array, filled, Receipts(target, "volume"))
     job.run(progress)
-    percentiles = _statistics(job, progress)
+    percentiles = settle_percentiles(job, progress)
     _sweep(target, started)
     found = None if fill is None else {"values": list(fill.values), "voxels": list(fill.voxels)}
     finished = {**attributes, "percentiles": list(percentiles), "fill": found}
@@ -180,129 +157,19 @@ def open_volume(store: StoreLike) -> Volume:
     )
 
 
-def ome_metadata(name: str, grid: Grid, source_voxel_size: float, rule: Rule = "bspline") -> dict[str, Any]:
+def ome_metadata(name: str, grid: Grid, source_voxel_size: float) -> dict[str, Any]:
     """Return the OME-Zarr 0.5 metadata of an array "0" on the working grid, in Å of the source.
 
     Scale t and translation (t - v) / 2 per axis: the faces of working grid and source coincide.
     """
-    uniform = rule == "bspline" or grid.is_identity
-    spacing = [grid.voxel_size if uniform else scale * source_voxel_size for scale in grid.scale]
+    spacing = [scale * source_voxel_size for scale in grid.scale]
+    if all(math.isclose(t, grid.voxel_size, rel_tol=1e-12) for t in spacing):
+        spacing = [grid.voxel_size] * 3  # the same numbers without the rounding of t / v * v
     shift = [(t - source_voxel_size) / 2 for t in spacing]
     transformations = [{"type": "scale", "scale": spacing}, {"type": "translation", "translation": shift}]
     axes = [{"name": axis, "type": "space", "unit": "angstrom"} for axis in "zyx"]
     datasets = [{"path": "0", "coordinateTransformations": transformations}]
     return {"version": "0.5", "multiscales": [{"name": name, "axes": axes, "datasets": datasets}]}
-
-
-class _Source:
-    """Boxes of a tomogram, one reader at a time, with every voxel checked to be finite."""
-
-    def __init__(self, tomogram: Tomogram) -> None:
-        self.tomogram = tomogram
-        self.shape = tomogram.shape
-        self._lock = threading.Lock()
-
-    def __call__(self, box: Box) -> Floats:
-        with self._lock:
-            voxels = self.tomogram.read(box)
-        if not (np.isfinite(voxels.min()) and np.isfinite(voxels.max())):
-            raise self._broken()
-        return voxels
-
-    def _broken(self) -> SourceError:
-        count, first = 0, ""
-        for box in slabs(self.shape):
-            broken = ~np.isfinite(self.tomogram.read(box))
-            if broken.any() and not first:
-                place = np.argwhere(broken)[0] + [side.start for side in box]
-                first = ", ".join(str(index) for index in place.tolist())
-            count += int(np.count_nonzero(broken))
-        return SourceError(
-            f"{self.tomogram.source}: {count} of {math.prod(self.shape)} voxels are NaN or infinite, "
-            f"the first at z, y, x = {first}",
-            expected="finite voxels",
-            remedy="replace them before picking, for instance by the mean of the tomogram",
-        )
-
-
-@dataclass(frozen=True)
-class _Ingest:
-    """What every tile of one run needs."""
-
-    source: _Source
-    grid: Grid
-    rule: Rule
-    fill: Fill | None
-    array: zarr.Array[Any]
-    filled: zarr.Array[Any] | None
-    receipts: Receipts
-
-    def run(self, progress: Progress) -> None:
-        """Store every chunk that has no receipt yet."""
-        done = set(self.receipts.all())
-        total = math.prod(self.grid.shape)
-        seen = 0
-        tiles: list[tuple[Box, list[Box]]] = []
-        for tile in plan_tiles(self.grid, self.source.shape, self.source.tomogram.chunks, self.rule):
-            chunks = cut(tile, (CHUNK, CHUNK, CHUNK))
-            missing = [chunk for chunk in chunks if _key(chunk) not in done]
-            seen += sum(voxels_of(chunk) for chunk in chunks if _key(chunk) in done)
-            if missing:
-                tiles.append((tile, missing))
-        progress("ingest", seen, total)
-        for voxels in drain([self._tile(tile, missing) for tile, missing in tiles]):
-            seen += voxels
-            progress("ingest", seen, total)
-
-    def _tile(self, tile: Box, missing: list[Box]) -> Iterator[int]:
-        """Store the missing chunks of a tile; yield the voxels of each when its receipt is put."""
-        values = self._resample(tile)
-        filled = None if self.fill is None else self._fill_of(self.fill, tile)
-        for chunk in missing:
-            local = tuple(
-                slice(c.start - t.start, c.stop - t.start) for c, t in zip(chunk, tile, strict=True)
-            )
-            voxels = np.ascontiguousarray(values[local])
-            self.array[chunk] = voxels
-            if self.filled is not None and filled is not None:
-                self.filled[chunk] = filled[local]
-            receipt = {"sha256": hashlib.sha256(voxels.data).hexdigest()}
-            stored = self.receipts.put(_key(chunk), receipt)
-            if stored != receipt:
-                raise _unequal(_key(chunk), self.source.tomogram.name)
-            yield voxels_of(chunk)
-
-    def _resample(self, tile: Box) -> Floats:
-        depth = planes_at_a_time(self.grid, self.source.shape, tile, self.rule)
-        if depth >= tile[0].stop - tile[0].start:
-            return resample_box(self.source, self.grid, self.source.shape, tile, self.rule)
-        out = np.empty([side.stop - side.start for side in tile], np.float32)
-        for z in range(tile[0].start, tile[0].stop, depth):
-            box = (slice(z, min(z + depth, tile[0].stop)), tile[1], tile[2])
-            part = resample_box(self.source, self.grid, self.source.shape, box, self.rule)
-            out[z - tile[0].start : box[0].stop - tile[0].start] = part
-        return out
-
-    def _fill_of(self, fill: Fill, tile: Box) -> npt.NDArray[np.bool_]:
-        return resample_mask(fill.read, self.grid, self.source.shape, tile, self.rule)
-
-    def values(self) -> Iterator[tuple[Box, Floats]]:
-        """Yield boxes and the voxels in them that count for the percentiles: all that are not fill."""
-        shape = self.source.shape
-        if self.rule == "tomocpt":
-            grid = Grid(shape, self.source.tomogram.voxel_size, (1.0, 1.0, 1.0))
-            return prefetch(
-                self.source, plan_tiles(grid, shape, self.source.tomogram.chunks, self.rule, BLOCK_BYTES)
-            )
-        return prefetch(self._kept, cut(whole(self.grid.shape), (CHUNK, 4 * CHUNK, 4 * CHUNK)))
-
-    def _kept(self, box: Box) -> Floats:
-        voxels = np.asarray(self.array[box], dtype=np.float32)
-        return voxels if self.filled is None else voxels[~np.asarray(self.filled[box])]
-
-
-def _key(chunk: Box) -> str:
-    return ".".join(str(side.start // CHUNK) for side in chunk)
 
 
 def _check_request(voxel_size: float, rule: str, client: object) -> None:
@@ -333,24 +200,22 @@ def _claim(
         "voxel_size": float(voxel_size),
         "tomogram": tomogram.fingerprint,
     }
-    wanted: dict[str, Any] = json.loads(
-        json.dumps(
-            {
-                "config": config,
-                "fingerprint": config_hash(config),
-                "name": tomogram.name,
-                "rule": rule,
-                "frame": tomogram.frame.to_json(),
-                "grid": grid.to_json(),
-            }
-        )
-    )
+    attributes = {
+        "kind": "volume",
+        "config": config,
+        "fingerprint": config_hash(config),
+        "name": tomogram.name,
+        "rule": rule,
+        "frame": tomogram.frame.to_json(),
+        "grid": grid.to_json(),
+    }
+    wanted: dict[str, Any] = json.loads(json.dumps(attributes))  # tuples become lists, as they are stored
     there = _attributes(store)
     if there is None:
-        ome = ome_metadata(tomogram.name, grid, tomogram.voxel_size, rule)
+        ome = ome_metadata(tomogram.name, grid, tomogram.voxel_size)
         group = zarr.create_group(store, zarr_format=3, attributes={"ome": ome, ATTRIBUTE: wanted})
         return group, wanted
-    differences = _differences(there.get("config", {}), wanted["config"])
+    differences = _differences(there["config"], wanted["config"])
     if differences:
         raise CheckpointError(
             f"{store} holds a volume made with {'; '.join(differences)}",
@@ -366,9 +231,9 @@ def _attributes(store: Store) -> dict[str, Any] | None:
     if found is None and all(read_json(store, key) is None for key in (".zgroup", ".zarray")):
         return None
     ours = {} if found is None else found.get("attributes", {}).get(ATTRIBUTE, {})
-    if "config" not in ours or "grid" not in ours:
+    if ours.get("kind") != "volume":
         raise CheckpointError(
-            f"{store} holds zarr data that is not a volume of this package",
+            f"{store} holds zarr data that is not a volume",
             expected="an empty place, or a store that `ingest` wrote",
             remedy="pass another store",
         )
@@ -409,87 +274,6 @@ def _volume(store: Store, attributes: dict[str, Any]) -> Volume:
         fill_values=tuple(fill["values"]),
         remarks=remarks,
         fingerprint=attributes["fingerprint"],
-    )
-
-
-def _array(group: zarr.Group, name: str, shape: Shape, dtype: str, edge: int = CHUNK) -> zarr.Array[Any]:
-    """Return the array `name` of a volume's group, made where it is not there yet.
-
-    A chunk of voxels that is missing would read as NaN, which no later step takes for a voxel.
-    """
-    config: ArrayConfigParams = {"write_empty_chunks": True}
-    if name in group:
-        return zarr.open_array(group.store, path=name, mode="r+", zarr_format=3, config=config)
-    return group.create_array(
-        name,
-        shape=shape,
-        chunks=(edge, edge, edge),
-        dtype=dtype,
-        compressors=BloscCodec(typesize=np.dtype(dtype).itemsize, cname="lz4", clevel=5, shuffle="shuffle"),
-        fill_value=math.nan if dtype == "float32" else False,
-        dimension_names=("z", "y", "x"),
-        config=config,
-    )
-
-
-def _settle_fill(group: zarr.Group, source: _Source, rule: Rule, progress: Progress) -> Fill | None:
-    """Return the fill of the source, searched once for a store; None for rule "tomocpt" or without."""
-    if rule == "tomocpt":
-        return None
-    receipts = Receipts(group.store, "fill")
-    receipt = receipts.all().get("source")
-    if receipt is None:
-        found = find_fill(
-            source,
-            source.shape,
-            lambda: _array(group, "source_fill", source.shape, "bool", BOX),
-            progress=progress,
-        )
-        values, voxels = ([], []) if found is None else (list(found.values), list(found.voxels))
-        if sum(voxels) == math.prod(source.shape):
-            raise _flat(source.tomogram.source, values[0], 1.0)
-        receipt = receipts.put("source", {"values": values, "voxels": voxels})
-    if not receipt["values"]:
-        return None
-    mask = _array(group, "source_fill", source.shape, "bool", BOX)
-    return Fill(tuple(receipt["values"]), tuple(receipt["voxels"]), mask)
-
-
-def _statistics(job: _Ingest, progress: Progress) -> tuple[float, ...]:
-    """Return p5, p50, p95 in two passes; equal ones are an error that says how many voxels are equal."""
-    seen = 0
-    total = 2 * math.prod(job.source.shape if job.rule == "tomocpt" else job.grid.shape)
-
-    def blocks() -> Iterator[Floats]:
-        nonlocal seen
-        for box, values in job.values():
-            yield values
-            seen += voxels_of(box)
-            progress("statistics", seen, total)
-
-    found = exact_percentiles(blocks)
-    if found[0] == found[2]:
-        equal = kept = 0
-        for _, values in job.values():
-            equal += int(np.count_nonzero(values == np.float32(found[0])))
-            kept += values.size
-        raise _flat(job.source.tomogram.source, found[0], equal / kept)
-    return found
-
-
-def _flat(source: str, value: float, share: float) -> SourceError:
-    return SourceError(
-        f"{source}: {share:.1%} of the voxels have the value {value:g}, so that p5 = p95",
-        expected="voxels of many values",
-        remedy="check that this is the reconstruction and not a mask or an empty volume",
-    )
-
-
-def _unequal(key: str, name: str) -> CheckpointError:
-    return CheckpointError(
-        f"chunk {key} of {name} came out with other voxels than its receipt says",
-        expected="the same voxels from every run",
-        remedy="delete the store and run again; the tomogram has changed or the disk is failing",
     )
 
 
