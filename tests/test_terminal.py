@@ -13,6 +13,7 @@ from tomocpt_stream.errors import SourceError
 from tomocpt_stream.frame import working_grid
 from tomocpt_stream.terminal import (
     count,
+    fact_lines,
     facts_line,
     pace,
     plan_line,
@@ -35,6 +36,29 @@ def test_lines_carry_their_units() -> None:
     assert f"{plan.windows} windows of 64 x 64 x 64" in line
     assert f"{plan.passes_per_voxel:.2f} passes per voxel" in line
     assert f"{plan.projected_bytes / 1e9:.2f} GB" in line
+
+
+def test_facts_stand_in_columns_with_their_units() -> None:
+    facts = {
+        "name": "TS",
+        "shape": [10, 20, 30],
+        "voxel_size": 12.50,
+        "stated_voxel_sizes": [12.5, 12.5, 12.25],
+        "axis_order": [1, 2, 3],
+        "extended_header_type": "",
+        "labels": ["first", "second"],
+    }
+    assert list(fact_lines(facts)) == [
+        "name                  TS",
+        "shape                 10 x 20 x 30 voxels (z, y, x)",
+        "voxel size            12.5 Å",
+        "stated voxel sizes    12.5, 12.5, 12.25 Å",
+        "axis order            1, 2, 3",
+        "extended header type  none",
+        "labels                first",
+        "                      second",
+    ]
+    assert list(fact_lines({})) == []
 
 
 def test_numbers_read_as_words() -> None:

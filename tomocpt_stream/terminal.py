@@ -6,14 +6,15 @@ import sys
 import time
 import traceback
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from itertools import zip_longest
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from tomocpt_stream.errors import ActionableError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from tomocpt_stream.blocks import BlockPlan
     from tomocpt_stream.frame import Grid
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from tomocpt_stream.tomogram import Tomogram
 
 
+# Facts that are a box of voxels.
+_BOXES = ("shape", "file_shape", "chunks")
 # What the stages count that are not measured in voxels.
 _UNITS = {"simulate": "tomograms", "train": "steps"}
 
@@ -66,6 +69,27 @@ def facts_line(tomogram: Tomogram) -> str:
     """Return the name, shape and voxel size of a tomogram."""
     z, y, x = tomogram.shape
     return f"{tomogram.name}: {z} x {y} x {x} (zyx) = {z * y * x:,} voxels of {tomogram.voxel_size:g} Å"
+
+
+def fact_lines(facts: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the facts of a header as lines, in columns, with units; a list of texts takes a line each."""
+    wide = max(map(len, facts), default=0)
+    for key, value in facts.items():
+        texts = (
+            value if isinstance(value, list) and value and isinstance(value[0], str) else [_fact(key, value)]
+        )
+        for name, text in zip_longest([key.replace("_", " ")], texts, fillvalue=""):
+            yield f"{name:<{wide}}  {text}".rstrip()
+
+
+def _fact(key: str, value: Any) -> str:
+    if isinstance(value, list | tuple):
+        number = all(isinstance(item, int) for item in value) and key != "axis_order"
+        text = (" x " if number else ", ").join(f"{item:g}" for item in value)
+    else:
+        text = f"{value:g}" if isinstance(value, float) else str(value)
+    unit = " Å" if "voxel_size" in key else " voxels (z, y, x)" if key in _BOXES else ""
+    return f"{text}{unit}" if text else "none"
 
 
 def plan_line(grid: Grid, plan: BlockPlan) -> str:

@@ -1,0 +1,472 @@
+"""The command `tomocpt-stream`: one subcommand for each verb of the package, and no logic of its own.
+
+The modules that do the work are imported inside the commands, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from tomocpt_stream.errors import ActionableError
+from tomocpt_stream.terminal import (
+    count,
+    fact_lines,
+    facts_line,
+    plan_line,
+    progress_bar,
+    rate,
+    say_failure,
+    show_warning,
+    warn,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from tomocpt_stream.blocks import Stitch
+    from tomocpt_stream.destinations import Destination
+    from tomocpt_stream.formats import Format
+    from tomocpt_stream.heatmap import Contrast, PickOptions, Scorer
+    from tomocpt_stream.phantom import Phantom
+    from tomocpt_stream.picks import Picks
+    from tomocpt_stream.tomogram import BeamAxis, Tomogram
+    from tomocpt_stream.training import Step
+
+UPSAMPLING_WARNED_BELOW = 0.75
+
+LENGTH = click.FloatRange(min=0, min_open=True)
+
+
+class Commands(click.Group):
+    """A group of commands whose actionable errors end in one line and exit code 1."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except (ActionableError, OSError) as error:
+            raise click.ClickException(str(error)) from error
+
+
+@click.group(
+    cls=Commands,
+    context_settings={"show_default": True, "help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+@click.version_option(package_name="tomocpt-stream")
+def main() -> None:
+    """Find the centroids of one kind of particle in cryo-electron tomograms.
+
+    Lengths are in Å. Exit code 0 means that everything asked for was done, 1 that something was
+    not, 2 that the command was not understood.
+    """
+    warnings.showwarning = show_warning
+
+
+def source_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options that say how a tomogram is read."""
+    options = [
+        click.option(
+            "--voxel-size", type=LENGTH, metavar="Å", help="Voxel size in Å, instead of the file's."
+        ),
+        click.option(
+            "--beam-axis",
+            type=click.Choice(["z", "y"]),
+            default="z",
+            help="Axis of the file that the electron beam runs along; y for an IMOD volume not yet turned.",
+        ),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def plan_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options that decide what is scored, and in how much memory."""
+    options = [
+        click.option(
+            "--picker", default="base", metavar="NAME|FILE", help="The shipped picker or a picker file."
+        ),
+        click.option(
+            "--stitch", type=click.Choice(["hann", "crop"]), default="hann", help="How windows are joined."
+        ),
+        click.option(
+            "--tta", is_flag=True, help="Average the scores of four mirror images: four times the work."
+        ),
+        click.option("--batch-size", type=click.IntRange(min=1), default=4, help="Windows scored at once."),
+        click.option("--memory", metavar="SIZE", help='Memory budget, such as "4 GB" or "800 MB".'),
+        click.option(
+            "--device", default="auto", metavar="DEVICE", help="Where the network runs: auto, cpu, cuda."
+        ),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@main.command("pick")
+@click.argument("tomograms", nargs=-1, required=True, metavar="TOMOGRAM...")
+@click.option(
+    "--diameter", type=LENGTH, required=True, metavar="Å", help="Longest axis of the particle in Å."
+)
+@click.option("--contrast", type=click.Choice(["dark", "bright"]), default="dark", help="How protein looks.")
+@click.option("--threshold", type=click.FloatRange(0, 1), default=0.3, help="Least score of a pick, 0 to 1.")
+@click.option(
+    "--min-distance",
+    type=click.FloatRange(min=0),
+    metavar="Å",
+    help="Least distance between two picks in Å, centre to centre.  [default: 0.75 diameter]",
+)
+@click.option(
+    "--margin",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    metavar="Å",
+    help="Leave out picks nearer than this to a face, in Å.",
+)
+@click.option("--mask", metavar="FILE", help="Volume of the same extent; picks are sought where it is not 0.")
+@click.option(
+    "--output",
+    default="picks/",
+    metavar="FILE|DIR",
+    help="A .star file takes the picks of all the tomograms; a folder gets one .star for each.",
+)
+@click.option(
+    "--format", "star", type=click.Choice(["relion31", "relion5"]), default="relion31", help="Kind of STAR."
+)
+@click.option(
+    "--keep-heatmap", type=click.Path(file_okay=False, path_type=Path), metavar="DIR", help="Keep the maps."
+)
+@click.option(
+    "--scratch",
+    type=click.Path(file_okay=False, path_type=Path),
+    metavar="DIR",
+    help="Keep working volumes and maps here, so that a killed run goes on.  [default: a temporary folder]",
+)
+@click.option(
+    "--picture/--no-picture", default=True, help="Draw three slices with the picks beside the STAR."
+)
+@source_options
+@plan_options
+def pick_command(**settings: Any) -> None:
+    """Pick particles in one or more TOMOGRAMs and write STAR files.
+
+    A tomogram is an .mrc, .rec or .map file (also .gz, .bz2), a zarr array or an OME-Zarr group. One
+    that cannot be picked is reported with its reason, the others are done, and the exit code is 1.
+    """
+    from tomocpt_stream.picker import load_picker
+
+    asked = PickRequest(**settings)
+    options = asked.options()
+    targets = asked.destinations()
+    picker = load_picker(asked.picker, device=asked.device)
+    done: list[Picks] = []
+    failed = []
+    for source, target in targets.items():
+        try:
+            _pick_one(source, target, asked, options, picker, done)
+        except Exception as error:  # one bad tomogram must not cost the picks of the others
+            failed.append(source)
+            say_failure(source, error)
+    if failed:
+        click.echo(f"{len(failed)} of {len(targets)} tomograms were not done: {', '.join(failed)}", err=True)
+        raise SystemExit(1)
+
+
+@dataclass(frozen=True)
+class PickRequest:
+    """What `tomocpt-stream pick` was asked for: a field for each of its options."""
+
+    tomograms: tuple[str, ...]
+    diameter: float
+    output: str
+    picker: str
+    stitch: Stitch
+    tta: bool
+    batch_size: int
+    memory: str | None
+    device: str
+    contrast: Contrast = "dark"
+    threshold: float = 0.3
+    min_distance: float | None = None
+    margin: float = 0.0
+    mask: str | None = None
+    star: Format = "relion31"
+    keep_heatmap: Path | None = None
+    scratch: Path | None = None
+    picture: bool = True
+    voxel_size: float | None = None
+    beam_axis: BeamAxis = "z"
+
+    def options(self) -> PickOptions:
+        """Return the options of the package's `pick`."""
+        from tomocpt_stream.heatmap import PickOptions
+
+        return PickOptions(
+            diameter=self.diameter,
+            threshold=self.threshold,
+            min_distance=self.min_distance,
+            contrast=self.contrast,
+            stitch=self.stitch,
+            tta=self.tta,
+            batch_size=self.batch_size,
+            margin=self.margin,
+        )
+
+    def destinations(self) -> dict[str, Destination]:
+        """Return where the answer for each tomogram goes."""
+        from tomocpt_stream.destinations import destinations
+
+        kept = [name for name in (self.mask, self.picker) if name is not None]
+        return destinations(self.tomograms, self.output, heatmaps=self.keep_heatmap, inputs=kept)
+
+
+def _pick_one(
+    source: str,
+    target: Destination,
+    asked: PickRequest,
+    options: PickOptions,
+    picker: Scorer,
+    done: list[Picks],
+) -> None:
+    """Pick one tomogram, write its STAR, then its picture; `done` are the picks of those before it."""
+    from tomocpt_stream.formats import write_picks
+    from tomocpt_stream.pipeline import min_distance, pick, plan_pick
+
+    tomogram = _open(source, asked.voxel_size, asked.beam_axis, target.name)
+    grid, plan = plan_pick(tomogram, picker, options, memory=asked.memory)
+    click.echo(facts_line(tomogram))
+    click.echo(plan_line(grid, plan))
+    click.echo(f"  spacing {min_distance(options):g} Å, threshold {options.threshold:g}")
+    began = time.perf_counter()
+    with progress_bar() as progress:
+        picks = pick(
+            tomogram,
+            picker,
+            options,
+            mask=asked.mask,
+            scratch=asked.scratch,
+            keep_heatmap=target.heatmap,
+            memory=asked.memory,
+            progress=progress,
+        )
+    seconds = time.perf_counter() - began
+    done.append(picks)
+    write_picks(done if target.shares_star else picks, target.star, format=asked.star)
+    click.echo(
+        f"  {count(len(picks), 'pick')} in {seconds:.1f} s ({rate(tomogram, seconds)}) -> {target.star}"
+    )
+    if asked.picture:
+        from tomocpt_stream.report import draw_picks
+
+        click.echo(f"  picture -> {draw_picks(tomogram, picks, target.picture, diameter=asked.diameter)}")
+
+
+@main.command("inspect")
+@click.argument("source", metavar="TOMOGRAM")
+@click.option("--diameter", type=LENGTH, metavar="Å", help="Longest axis of the particle in Å.")
+@click.option(
+    "--output",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="PNG of the central slice with a circle of --diameter.  [default: NAME_size.png]",
+)
+@click.option("--picture/--no-picture", default=True, help="Draw that PNG where --diameter is given.")
+@source_options
+@plan_options
+def inspect_command(source: str, diameter: float | None, output: Path | None, **settings: Any) -> None:
+    """Say what a TOMOGRAM is and what picking it would take; no voxel is read but for the PNG.
+
+    With --diameter: the working voxel size, the plan in windows, passes per voxel and bytes, and a
+    PNG of the central slice with a circle of that size.
+    """
+    tomogram = _open(source, settings["voxel_size"], settings["beam_axis"])
+    for line in fact_lines(tomogram.describe()):
+        click.echo(line)
+    for remark in tomogram.remarks():
+        warn(remark)
+    if diameter is None:
+        return
+    _inspect_plan(tomogram, diameter, settings)
+    if settings["picture"]:
+        from tomocpt_stream.destinations import refuse_overwriting
+        from tomocpt_stream.pipeline import safe_name
+        from tomocpt_stream.report import draw_size
+
+        output = output or Path(f"{safe_name(tomogram.name)}_size.png")
+        refuse_overwriting([source], output)
+        click.echo(f"picture -> {draw_size(tomogram, diameter, output)}")
+
+
+def _inspect_plan(tomogram: Tomogram, diameter: float, settings: dict[str, Any]) -> None:
+    """Print the working voxel size and the plan for a particle of `diameter` Å."""
+    from tomocpt_stream.heatmap import PickOptions
+    from tomocpt_stream.picker import load_picker
+    from tomocpt_stream.pipeline import plan_pick
+
+    picker = load_picker(settings["picker"], device=settings["device"])
+    options = PickOptions(
+        diameter=diameter, stitch=settings["stitch"], tta=settings["tta"], batch_size=settings["batch_size"]
+    )
+    grid, plan = plan_pick(tomogram, picker, options, memory=settings["memory"])
+    click.echo(plan_line(grid, plan))
+    ratio = grid.voxel_size / tomogram.voxel_size
+    click.echo(f"  ratio of working to source voxel size {ratio:.3g}")
+    if ratio < UPSAMPLING_WARNED_BELOW:
+        warn(
+            f"working voxels are {ratio:.2f} of the tomogram's: up-sampling costs {ratio**-3:.1f} times the "
+            "work and adds nothing; a tomogram with smaller voxels is better for this particle"
+        )
+
+
+@main.command("simulate")
+@click.option(
+    "--output",
+    type=click.Path(dir_okay=False, path_type=Path),
+    required=True,
+    metavar="FILE.mrc",
+    help="The tomogram; the truth goes beside it as FILE_truth.star.",
+)
+@click.option(
+    "--shape", type=click.IntRange(min=8), nargs=3, default=(96, 256, 256), help="Voxels along z, y, x."
+)
+@click.option("--voxel-size", type=LENGTH, default=10.0, metavar="Å", help="Voxel size in Å.")
+@click.option(
+    "--diameter", type=LENGTH, default=200.0, metavar="Å", help="Longest axis of the particles in Å."
+)
+@click.option(
+    "--particle",
+    "particles",
+    multiple=True,
+    metavar="KIND|FILE",
+    help="A built-in shape, or a density map (.mrc) in its own size; repeatable.  [default: all shapes]",
+)
+@click.option("--count", type=click.IntRange(min=0), default=60, help="Particles in the field.")
+@click.option("--distractors", type=click.IntRange(min=0), default=20, help="Other objects in the field.")
+@click.option("--gold", type=click.IntRange(min=0), default=4, help="Gold beads in the field.")
+@click.option("--vesicles", type=click.IntRange(min=0), default=1, help="Membrane vesicles in the field.")
+@click.option("--sheets", type=click.IntRange(min=0), default=0, help="Membrane sheets across the field.")
+@click.option(
+    "--tilt-range", type=click.FloatRange(0, 90), default=60.0, help="Tilts from minus to plus this, degrees."
+)
+@click.option("--tilt-step", type=LENGTH, default=3.0, help="Degrees between two tilts.")
+@click.option(
+    "--snr", type=LENGTH, default=0.05, help="Variance of signal over variance of noise, per tilt image."
+)
+@click.option("--contrast", type=click.Choice(["dark", "bright"]), default="dark", help="How protein looks.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, help="The same seed gives the same voxels.")
+def simulate_command(output: Path, seed: int, particles: tuple[str, ...], **settings: Any) -> None:
+    """Simulate a tomogram with known truth: missing wedge, CTF, dose and noise included."""
+    from tomocpt_stream.destinations import refuse_overwriting
+    from tomocpt_stream.phantom import PhantomOptions, simulate_phantom
+
+    chosen: dict[str, Any] = settings | ({"particles": particles} if particles else {})
+    refuse_overwriting(particles, output)
+    with progress_bar() as progress:
+        phantom = simulate_phantom(PhantomOptions(**chosen), seed=seed, name=output.stem, progress=progress)
+    truth = _write_phantom(phantom, output, output.with_name(f"{output.stem}_truth.star"))
+    click.echo(f"{facts_line(phantom.tomogram)} -> {output}")
+    click.echo(f"{count(len(phantom.picks()), 'particle')} -> {truth}")
+
+
+@main.command("train")
+@click.option(
+    "--folder",
+    type=click.Path(file_okay=False, path_type=Path),
+    required=True,
+    metavar="DIR",
+    help="Keeps the simulated tomograms and the checkpoints; run again, training goes on from there.",
+)
+@click.option(
+    "--output",
+    type=click.Path(dir_okay=False, path_type=Path),
+    required=True,
+    metavar="FILE.safetensors",
+    help="The trained picker.",
+)
+@click.option("--steps", type=click.IntRange(min=1), default=6000, help="Steps of the optimiser.")
+@click.option(
+    "--tomograms", type=click.IntRange(min=1), default=300, help="Simulated tomograms to learn from."
+)
+@click.option(
+    "--validation", type=click.IntRange(min=1), default=12, help="More of them, to choose the best by."
+)
+@click.option("--seed", type=click.IntRange(min=0), default=0, help="Of tomograms, weights and crops.")
+@click.option("--workers", type=click.IntRange(min=1), default=2, help="Tomograms simulated at once.")
+def train_command(folder: Path, output: Path, workers: int, **settings: Any) -> None:
+    """Train a picker on simulated tomograms of many shapes: the recipe of the shipped one."""
+    from tomocpt_stream.curriculum import Recipe, base_options, train_base
+
+    options = base_options(steps=settings.pop("steps"), seed=settings["seed"])
+    recipe = Recipe(**settings, options=options)
+    with progress_bar() as progress:
+
+        def listen(step: Step) -> None:
+            progress("train", step.step, step.steps)
+            if step.validation is not None:
+                click.echo(f"step {step.step}: loss {step.loss:.5f}, validation {step.validation:.5f}")
+
+        picker = train_base(folder, recipe=recipe, workers=workers, progress=progress, on_step=listen)
+    picker.save(output)
+    click.echo(f"picker -> {output}")
+
+
+@main.command("demo")
+@click.option(
+    "--output",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("demo"),
+    metavar="DIR",
+    help="Folder for tomogram.mrc, truth.star, picks.star and picks.png.",
+)
+@click.option("--seed", type=click.IntRange(min=0), default=2026, help="Seed of the simulated tomogram.")
+@plan_options
+def demo_command(output: Path, seed: int, **settings: Any) -> None:
+    """Simulate a tomogram of shapes that the shipped picker never saw, pick it, compare with the truth."""
+    from tomocpt_stream.evaluation import match
+    from tomocpt_stream.phantom import SHAPES_HELD_OUT, PhantomOptions, simulate_phantom
+    from tomocpt_stream.picker import load_picker
+
+    scene = PhantomOptions(particles=SHAPES_HELD_OUT[:4])
+    path = output / "tomogram.mrc"
+    with progress_bar() as progress:
+        phantom = simulate_phantom(scene, seed=seed, name=path.stem, progress=progress)
+    truth = _write_phantom(phantom, path, output / "truth.star")
+    click.echo(f"simulated {count(len(phantom.picks()), 'particle')} -> {path}, {truth}")
+    asked = PickRequest(
+        tomograms=(str(path),), output=str(output / "picks.star"), diameter=scene.diameter, **settings
+    )
+    target = asked.destinations()[str(path)]
+    done: list[Picks] = []
+    _pick_one(str(path), target, asked, asked.options(), load_picker(asked.picker, device=asked.device), done)
+    found = match(done[0], phantom.picks(), tolerance=scene.diameter / 2)
+    click.echo(
+        f"precision {found.precision:.3f}, recall {found.recall:.3f}, F1 {found.f1:.3f}, "
+        f"mean distance {found.mean_distance:.1f} Å, matched one to one within {scene.diameter / 2:g} Å"
+    )
+
+
+def _open(source: str, voxel_size: float | None, beam_axis: BeamAxis, name: str | None = None) -> Tomogram:
+    from tomocpt_stream.tomogram import open_tomogram
+
+    return open_tomogram(source, voxel_size=voxel_size, beam_axis=beam_axis, name=name)
+
+
+def _write_phantom(phantom: Phantom, path: Path, truth: Path) -> Path:
+    """Write a phantom as an MRC file and its truth as a STAR file; return the latter's path."""
+    from tomocpt_stream.formats import write_picks
+    from tomocpt_stream.phantom import write_mrc
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_mrc(path, phantom.volume, phantom.options.voxel_size)
+    write_picks(phantom.picks(), truth)
+    return truth
+
+
+if __name__ == "__main__":
+    main()
