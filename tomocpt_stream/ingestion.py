@@ -229,7 +229,8 @@ def volume_array(
     """
     config: ArrayConfigParams = {"write_empty_chunks": True}
     if name in group:
-        return zarr.open_array(group.store, path=name, mode="r+", zarr_format=3, config=config)
+        there = zarr.open_array(group.store, path=name, mode="r+", zarr_format=3)
+        return there.with_config(config)  # open_array of zarr 3.1 takes a config and ignores it
     return group.create_array(
         name,
         shape=shape,

@@ -7,9 +7,10 @@ is computed in. No BLAS is called, for its order of summation depends on the siz
 
 Rule "bspline": the cubic B-spline B3(d / s), s = max(1, scale), normalised to sum 1 over the taps
 that lie in the source. It keeps the noise even (local standard deviation of white noise within
-15 %, where linear and area kernels beat by a factor of two) and keeps a ramp a ramp within 0.15
+15 %, where linear and area kernels beat by a factor of two) and keeps a ramp a ramp within 0.005
 source voxel, except within 2 s source voxels of a face, where the kernel is one-sided and draws a
-value inwards: at the very face by 0.2 source voxel near scale 1, and by 0.3 s beyond.
+value inwards: by 0.2 s source voxel at the first working voxel of an axis, by up to 0.4 s at the
+last, which may hang over the face.
 Rule "tomocpt": trilinear without antialias, half-pixel centres, clamped at faces, as torch's
 `interpolate(mode="trilinear", align_corners=False)` computes it.
 """

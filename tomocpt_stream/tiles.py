@@ -33,13 +33,14 @@ BLOCK_BYTES = 16 << 20  # one block of a pass over all voxels
 
 
 def plan_tiles(
-    grid: Grid, source_shape: Shape, chunks: Shape, rule: Rule, budget: int = TILE_BYTES
+    grid: Grid, source_shape: Shape, chunks: Shape, rule: Rule, budget: int | None = None
 ) -> list[Box]:
     """Return the boxes of working voxels, unions of whole chunks, that are read at a time.
 
-    Of all the tilings whose boxes fit the budget (bytes), the one that reads the fewest source
-    voxels, where a source chunk (`chunks`) that a box touches is read whole; of equal ones, the one
-    with the largest boxes. Every tiling gives the same voxels.
+    Of all the tilings whose boxes fit the budget (bytes of source and working voxels, `TILE_BYTES`
+    when None), the one that reads the fewest source voxels, where a source chunk (`chunks`) that a
+    box touches is read whole; of equal ones, the one with the largest boxes. One chunk a tile where
+    nothing fits. Every tiling gives the same voxels.
     """
     choices = [_choices(n) for n in grid.shape]
     costs = [
@@ -51,7 +52,7 @@ def plan_tiles(
         (source_z, cost_z), (source_y, cost_y), (source_x, cost_x) = costs[0][z], costs[1][y], costs[2][x]
         working = math.prod(min(edge, n) for edge, n in zip((z, y, x), grid.shape, strict=True))
         needed = source_z * source_y * source_x + (0 if grid.is_identity else working)
-        if 4 * needed <= budget:
+        if 4 * needed <= (budget or TILE_BYTES):
             best = min(best, ((round(cost_z * cost_y * cost_x, 3), -working), (z, y, x)))
     return cut(whole(grid.shape), best[1])
 
