@@ -109,7 +109,7 @@ def plan_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-@main.command("pick")
+@main.command("pick", short_help="Pick particles in tomograms; write STAR files.")
 @click.argument("tomograms", nargs=-1, required=True, metavar="TOMOGRAM...")
 @click.option(
     "--diameter", type=LENGTH, required=True, metavar="Å", help="Longest axis of the particle in Å."
@@ -267,7 +267,7 @@ def _pick_one(
         click.echo(f"  picture -> {draw_picks(tomogram, picks, target.picture, diameter=asked.diameter)}")
 
 
-@main.command("inspect")
+@main.command("inspect", short_help="Say what a tomogram is and what picking costs.")
 @click.argument("source", metavar="TOMOGRAM")
 @click.option("--diameter", type=LENGTH, metavar="Å", help="Longest axis of the particle in Å.")
 @click.option(
@@ -324,7 +324,7 @@ def _inspect_plan(tomogram: Tomogram, diameter: float, settings: dict[str, Any])
         )
 
 
-@main.command("simulate")
+@main.command("simulate", short_help="Simulate a tomogram with known truth.")
 @click.option(
     "--output",
     type=click.Path(dir_okay=False, path_type=Path),
@@ -374,7 +374,7 @@ def simulate_command(output: Path, seed: int, particles: tuple[str, ...], **sett
     click.echo(f"{count(len(phantom.picks()), 'particle')} -> {truth}")
 
 
-@main.command("train")
+@main.command("train", short_help="Train a picker on simulated tomograms.")
 @click.option(
     "--folder",
     type=click.Path(file_okay=False, path_type=Path),
@@ -416,7 +416,7 @@ def train_command(folder: Path, output: Path, workers: int, **settings: Any) -> 
     click.echo(f"picker -> {output}")
 
 
-@main.command("demo")
+@main.command("demo", short_help="Simulate, pick, compare with the truth.")
 @click.option(
     "--output",
     type=click.Path(file_okay=False, path_type=Path),
