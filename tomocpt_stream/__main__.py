@@ -445,9 +445,10 @@ def demo_command(output: Path, seed: int, **settings: Any) -> None:
     done: list[Picks] = []
     _pick_one(str(path), target, asked, asked.options(), load_picker(asked.picker, device=asked.device), done)
     found = match(done[0], phantom.picks(), tolerance=scene.diameter / 2)
+    apart = f"mean distance {found.mean_distance:.1f} Å" if found.tp else "no pick near a particle"
     click.echo(
-        f"precision {found.precision:.3f}, recall {found.recall:.3f}, F1 {found.f1:.3f}, "
-        f"mean distance {found.mean_distance:.1f} Å, matched one to one within {scene.diameter / 2:g} Å"
+        f"precision {found.precision:.3f}, recall {found.recall:.3f}, F1 {found.f1:.3f}, {apart}; "
+        f"matched one to one within {scene.diameter / 2:g} Å"
     )
 
 
