@@ -1,11 +1,12 @@
 """Find constant fill at the faces of a tomogram: masked corners and padding.
 
 A value held exactly by more than 1 % of the source voxels, in regions that touch a face, is fill. A
-region is made of *solid* voxels, those in some 2 x 2 x 2 cube of the one value (the volume goes on
+region is made of *solid* voxels, those in some 4 x 4 x 4 cube of the one value (the volume goes on
 beyond its faces as it ends there), joined through shared sides. Noise of few grey levels holds
-every value often, but hardly ever in whole cubes, so that its regions stay small and apart.
+every value often, but not in such cubes. (With 2 x 2 x 2, the grain of an 8-bit tomogram of low
+contrast passed for fill.)
 
-The search runs box by box on a lattice anchored to the volume, with a halo of one voxel; regions
+The search runs box by box on a lattice anchored to the volume, with a halo of three voxels; regions
 are joined across boxes by union-find. Memory: one read tile, and one layer of box faces.
 """
 
@@ -37,6 +38,8 @@ Labels = npt.NDArray[np.int64]
 SHARE = 0.01
 BOX = 128
 _TILE = (BOX, 2 * BOX, 2 * BOX)  # one read: larger reads decode a stored chunk less often
+_EDGE = 4  # of the cubes that make voxels solid
+_HALO = _EDGE - 1
 _CANDIDATES = 4
 _STRIP = 1 << 25
 
@@ -144,13 +147,15 @@ def _write_mask(
 
 
 def face_values(read: Callable[[Box], Floats], shape: Shape) -> list[float]:
-    """Return the values most frequent among the constant 2 x 2 squares of the six faces; at most four."""
+    """Return the values most frequent among the constant 4 x 4 squares of the six faces; at most four."""
     counts: Counter[float] = Counter()
     for axis, box in _faces(shape):
         face = np.take(read(box), 0, axis=axis)
-        face = np.pad(face, [(0, int(n == 1)) for n in face.shape], mode="edge")
-        corner = face[:-1, :-1]
-        constant = (corner == face[1:, :-1]) & (corner == face[:-1, 1:]) & (corner == face[1:, 1:])
+        face = np.pad(face, [(0, max(0, _EDGE - n)) for n in face.shape], mode="edge")
+        # A square is constant where its rows are, and its first column is.
+        constant = _runs(_runs(face[:, :-1] == face[:, 1:], 1, _EDGE - 1), 0, _EDGE)
+        constant &= _runs(face[:-1] == face[1:], 0, _EDGE - 1)[:, : constant.shape[1]]
+        corner = face[: constant.shape[0], : constant.shape[1]]
         values, numbers = np.unique(corner[constant] + np.float32(0.0), return_counts=True)
         counts.update(dict(zip(values.tolist(), numbers.tolist(), strict=True)))
     ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
@@ -170,15 +175,25 @@ def has_constant_cube(voxels: Floats) -> bool:
 
 
 def solid(equal: Bools) -> Bools:
-    """Return which voxels lie in some 2 x 2 x 2 cube of true ones; `equal` has one voxel of halo."""
+    """Return which voxels lie in some 4 x 4 x 4 cube of true ones; `equal` has a halo of three voxels."""
     cubes = equal
     for axis in range(3):
-        cubes = _ahead(cubes, axis) & _behind(cubes, axis)
+        cubes = _runs(cubes, axis, _EDGE)
         if not cubes.any():
-            return np.zeros([n - 2 for n in equal.shape], np.bool_)
+            return np.zeros([n - 2 * _HALO for n in equal.shape], np.bool_)
     for axis in range(3):
-        cubes = _ahead(cubes, axis) | _behind(cubes, axis)
+        cubes = ~_runs(~cubes, axis, _EDGE)
     return cubes
+
+
+def _runs(flags: Bools, axis: int, length: int) -> Bools:
+    """Return where a run of `length` true flags begins; the axis is shorter by `length` - 1."""
+    count = flags.shape[axis] - length + 1
+    along = (slice(None),) * axis
+    runs = flags[(*along, slice(0, count))].copy()
+    for step in range(1, length):
+        runs &= flags[(*along, slice(step, step + count))]
+    return runs
 
 
 class _Labeller:
@@ -241,38 +256,37 @@ class _Labeller:
 
 
 def _boxes(read: Callable[[Box], Floats], shape: Shape) -> Iterator[tuple[Box, Floats]]:
-    """Yield each box of the lattice and its voxels with a halo of one, tile by tile."""
+    """Yield each box of the lattice and its voxels with a halo of three, tile by tile."""
 
     def read_padded(tile: Box) -> Floats:
         z, y, x = (
-            slice(max(0, side.start - 1), min(n, side.stop + 1)) for side, n in zip(tile, shape, strict=True)
+            slice(max(0, side.start - _HALO), min(n, side.stop + _HALO))
+            for side, n in zip(tile, shape, strict=True)
         )
-        ends = [(int(side.start == 0), int(side.stop == n)) for side, n in zip(tile, shape, strict=True)]
+        ends = [
+            (_HALO - (side.start - got.start), _HALO - (got.stop - side.stop))
+            for side, got in zip(tile, (z, y, x), strict=True)
+        ]
         return np.pad(read((z, y, x)), ends, mode="edge")
 
     for tile, padded in prefetch(read_padded, cut(whole(shape), _TILE)):
         for box in cut(tile, (BOX, BOX, BOX)):
-            z, y, x = (slice(b.start - t.start, b.stop - t.start + 2) for b, t in zip(box, tile, strict=True))
+            z, y, x = (
+                slice(inner.start - side.start, inner.stop - side.start + 2 * _HALO)
+                for inner, side in zip(box, tile, strict=True)
+            )
             yield box, padded[z, y, x]
 
 
 def _faces(shape: Shape) -> Iterator[tuple[int, Box]]:
-    """Yield the six faces, each as its axis and boxes one voxel thick: strips that share a line."""
+    """Yield the six faces, each as its axis and boxes one voxel thick: strips that share three lines."""
     for axis in range(3):
         along, across = [other for other in range(3) if other != axis]
         # A strip along z touches much of every plane of a mapped file, which stays in memory with it.
         step = max(1, _STRIP // (shape[1] * shape[2] if along == 0 else shape[across]))
         for at in sorted({0, shape[axis] - 1}):
-            for start in range(0, max(1, shape[along] - 1), step):
+            for start in range(0, max(1, shape[along] - _HALO), step):
                 box = [slice(0, n) for n in shape]
                 box[axis] = slice(at, at + 1)
-                box[along] = slice(start, min(shape[along], start + step + 1))
+                box[along] = slice(start, min(shape[along], start + step + _HALO))
                 yield axis, (box[0], box[1], box[2])
-
-
-def _ahead(voxels: Bools, axis: int) -> Bools:
-    return voxels[(slice(None),) * axis + (slice(1, None),)]
-
-
-def _behind(voxels: Bools, axis: int) -> Bools:
-    return voxels[(slice(None),) * axis + (slice(None, -1),)]
