@@ -36,7 +36,8 @@ class PlaceDependent(Identity):
         z, y, x = (np.arange(n, dtype=np.float32) for n in self.window.shape)
         place = np.sin(z[:, None, None] + 2 * y[None, :, None]) + np.cos(3 * x)[None, None, :]
         mean = batch.mean(axis=(1, 2, 3), keepdims=True, dtype=np.float64).astype(np.float32)
-        return (batch * place + mean).astype(np.float32)
+        scores: Batch = (batch * place + mean).astype(np.float32)
+        return scores
 
 
 class MatchedFilter(Identity):
@@ -46,4 +47,5 @@ class MatchedFilter(Identity):
         self.batches += 1
         sigma = self.particle_radius / 2
         smooth = np.stack([-ndimage.gaussian_filter(window, sigma, mode="nearest") for window in batch])
-        return smooth.astype(np.float32)
+        scores: Batch = smooth.astype(np.float32)
+        return scores

@@ -97,7 +97,7 @@ def test_reflection_is_numpys(start: Any, count: Any, length: Any) -> None:
 
 
 def test_default_chunk_follows_from_the_window_alone() -> None:
-    small = plan_blocks((96, 256, 256), Window(), stitch="hann", memory="100 MB")
+    small = plan_blocks((96, 256, 256), Window(), stitch="hann", memory="180 MB")
     large = plan_blocks((96, 256, 256), Window(), stitch="hann")
     assert small.chunk == large.chunk == (96, 96, 96)
     assert len(small.tasks) > len(large.tasks) == 1
@@ -106,7 +106,7 @@ def test_default_chunk_follows_from_the_window_alone() -> None:
 
 
 def test_a_budget_is_kept_or_refused_with_its_numbers() -> None:
-    for memory in ("110 MB", "200 MB", "0.5 GB", "2 GB"):
+    for memory in ("220 MB", "300 MB", "0.5 GB", "2 GB"):
         plan = plan_blocks((512, 1024, 1024), Window(), stitch="hann", memory=memory)
         assert plan.projected_bytes <= parse_memory(memory)
     with pytest.raises(PlanError, match=r"\d+\.\d MB.*budget of 20\.0 MB") as caught:
@@ -115,7 +115,7 @@ def test_a_budget_is_kept_or_refused_with_its_numbers() -> None:
 
 
 def test_more_memory_never_scores_more_windows() -> None:
-    budgets = ["110 MB", "200 MB", "500 MB", "2 GB", "20 GB"]
+    budgets = ["220 MB", "300 MB", "500 MB", "2 GB", "20 GB"]
     windows = [plan_blocks((300, 700, 900), Window(), stitch="hann", memory=m).windows for m in budgets]
     assert windows == sorted(windows, reverse=True)
     assert windows[-1] == math.prod(Window().lattice((300, 700, 900)))

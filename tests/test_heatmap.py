@@ -550,6 +550,18 @@ def test_the_store_is_ome_zarr_on_the_working_grid(tmp_path: Path) -> None:
     assert list(opened.candidates().columns) == ["z", "y", "x", "score", "dz", "dy", "dx"]
 
 
+def test_a_lost_chunk_is_never_read_as_zeros(tmp_path: Path) -> None:
+    mask = np.zeros((30, 30, 60), dtype=bool)
+    mask[:, :, :20] = True
+    heatmap = _predict(_volume((30, 30, 60)), Identity(), store=tmp_path / "m.zarr", mask=mask)
+    chunks = sorted(p for p in (tmp_path / "m.zarr" / "0" / "c").rglob("*") if p.is_file())
+    assert len(chunks) == 2 * 2 * 3  # those that are all zero are stored too
+    chunks[-1].unlink()
+    assert np.isnan(_scores(heatmap)).any()
+    with pytest.raises(SourceError, match="NaN"):
+        find_peaks(heatmap, threshold=0.0, min_distance=3)
+
+
 def test_plan_and_options_must_agree() -> None:
     volume = _volume((30, 30, 30))
     plan = plan_blocks((30, 30, 30), SMALL, stitch="crop", batch_size=4)

@@ -52,6 +52,8 @@ DEFAULT_BUFFERS = 640_000_000
 _CHUNK_EDGE = 96
 # How far (voxels) the search for peaks looks around a voxel; see `peaks.REACH`, which is at most this.
 NEIGHBOURHOOD = 8
+# What allocator, codecs, receipts and lists hold beside the buffers; 30 to 60 MB were measured.
+_OVERHEAD = 80_000_000
 # Chunks of the volume (64³ float32) in flight while a box is read; `predict` holds zarr to this number.
 CODEC_CONCURRENCY = 4
 # Window-sized weights that a blending task keeps: the faces of the volume have their own.
@@ -372,7 +374,7 @@ def _task_bytes(plan: BlockPlan) -> int:
     batches = 4 * plan.window.voxels * (plan.batch_size * (4 if plan.tta else 2) + CACHED_WEIGHTS)
     # One chunk while it is finished: its scores, marks, neighbourhood maxima and the weights scored.
     chunk = math.prod(min(n, c) + 2 * NEIGHBOURHOOD for n, c in zip(plan.shape, plan.chunk, strict=True))
-    return rows + scores + batches + 24 * chunk + CODEC_CONCURRENCY * 2 * _CODEC_CHUNK
+    return rows + scores + batches + 24 * chunk + CODEC_CONCURRENCY * 2 * _CODEC_CHUNK + _OVERHEAD
 
 
 def held_planes(plan: BlockPlan) -> int:

@@ -193,7 +193,7 @@ def _finish(work: Work, receipts: Receipts) -> dict[str, Any]:
     done = receipts.all()
     tables = [np.zeros(0, dtype=CANDIDATE)]
     for spans in _unsettled(list(done.values()), work.plan):
-        found = scan(work.scores, box_of(spans), work.floor)
+        found = scan(work.scores, box_of(spans), work.floor, name=work.volume.name)
         if work.mask is not None:
             inside = work.mask.inside(spans)
             found = found[

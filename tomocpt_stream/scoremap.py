@@ -120,7 +120,9 @@ class Heatmap:
         for receipt in receipts.values():
             if receipt["constant"] and receipt["maximum"] > self.candidate_floor:
                 tables.append(
-                    self._allowed(scan(self.array, box_of(receipt["settled"]), self.candidate_floor))
+                    self._allowed(
+                        scan(self.array, box_of(receipt["settled"]), self.candidate_floor, name=self.name)
+                    )
                 )
         return order(np.concatenate(tables), self.shape)
 
@@ -128,7 +130,7 @@ class Heatmap:
         """Return the local maxima above any threshold by reading the map again, best first."""
         tables, count = [], 0
         for spans in pieces(tuple((0, n) for n in self.shape), self.array.chunks):
-            tables.append(self._allowed(scan(self.array, box_of(spans), threshold)))
+            tables.append(self._allowed(scan(self.array, box_of(spans), threshold, name=self.name)))
             count += len(tables[-1])
             if count > MAX_CANDIDATES:
                 raise flood(self.name, count)
@@ -202,21 +204,21 @@ def claim_store(store: Store, volume: Volume, plan: BlockPlan, config: dict[str,
     }
     ome = ome_metadata(volume.name, volume.grid, volume.source_voxel_size)
     group = zarr.create_group(store, zarr_format=3)
-    _create(group, "0", plan, "float32")
+    _create(group, "0", plan, "float32", np.nan)  # a chunk that is lost is read as NaN, never as zeros
     if config["mask"] is not None or volume.fill is not None:
-        _create(group, "marks", plan, "uint8")
+        _create(group, "marks", plan, "uint8", 0)
     claim: dict[str, Any] = {"ome": ome, ATTRIBUTE: attributes}
     group.attrs.put(claim)  # last: a store without it was never claimed
     return attributes
 
 
-def _create(group: zarr.Group, name: str, plan: BlockPlan, dtype: str) -> None:
+def _create(group: zarr.Group, name: str, plan: BlockPlan, dtype: str, fill_value: float) -> None:
     group.create_array(
         name,
         shape=plan.shape,
         chunks=plan.chunk,
         dtype=dtype,
-        fill_value=0,
+        fill_value=fill_value,
         compressors=BloscCodec(cname="zstd", clevel=1, shuffle="shuffle"),
         dimension_names=("z", "y", "x"),
         config={"write_empty_chunks": True},
@@ -244,13 +246,16 @@ def _holds_something(store: Store) -> bool:
 
 
 def member(group: zarr.Group, name: str) -> zarr.Array[Any]:
-    """Return an array of a map's group."""
+    """Return an array of a map's group, ready to be written.
+
+    zarr 3.1 forgets with a reopened array that empty chunks are to be written.
+    """
     array = group[name]
     if not isinstance(array, zarr.Array):
         raise CheckpointError(
             f"{name!r} in the store is no array", expected="a heat map's store", remedy="predict again"
         )
-    return array
+    return array.with_config({"write_empty_chunks": True})
 
 
 def pieces(spans: Iterable[Span], size: Sequence[int]) -> Iterator[tuple[Span, Span, Span]]:

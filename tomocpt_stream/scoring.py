@@ -217,7 +217,9 @@ class _Layers:
         constant = bool(block.min() == block.max())
         found = np.zeros(0, dtype=CANDIDATE)
         if not constant:  # every voxel of a constant block is a candidate: they are found when asked for
-            found = scan_block(block, origin, box_of(settled), work.plan.shape, work.floor)
+            found = scan_block(
+                block, origin, box_of(settled), work.plan.shape, work.floor, name=work.volume.name
+            )
         if allowed is not None:
             found = found[
                 allowed[tuple(found[axis] - start for axis, (start, _) in zip("zyx", chunk, strict=True))]
