@@ -21,7 +21,7 @@ types: $(READY)
 	$(BIN)/mypy
 
 contract: $(READY)
-	$(BIN)/lint-imports
+	$(BIN)/lint-imports --no-cache
 
 check: lint types contract test
 
