@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tomocpt_stream.errors import FormatError
+from tomocpt_stream.picks import Picks
+from tomocpt_stream.targets import Label, paint_box, paint_targets
+
+
+def _dense(centres: npt.ArrayLike, shape: tuple[int, int, int], radius: float) -> npt.NDArray[np.float64]:
+    """Equations 1 to 4 written out over every voxel."""
+    grid = np.stack(np.meshgrid(*[np.arange(n) for n in shape], indexing="ij"), axis=-1)
+    label = np.zeros(shape)
+    for centre in np.atleast_2d(np.asarray(centres)):
+        r = np.linalg.norm(grid - centre, axis=-1)
+        sigma_1, sigma_2 = 0.95 * radius / 3, 0.5 * radius / 3
+        value = np.exp(-(r**2) / (2 * sigma_1**2)) + np.exp(-(r**2) / (2 * sigma_2**2))
+        label = np.maximum(label, np.where(r <= radius, value / 2, 0))
+    return label
+
+
+def _picks(zyx: npt.ArrayLike) -> Picks:
+    points = np.asarray(zyx, dtype=np.float64).reshape(-1, 3)
+    return Picks(points, np.ones(len(points), dtype=np.float32))
+
+
+def test_label_equals_the_equations_over_the_whole_volume() -> None:
+    rng = np.random.default_rng(1)
+    shape = (30, 40, 35)
+    # Overlapping particles, particles at and beyond the faces, any sub-voxel phase.
+    centres = rng.uniform(-6, np.array(shape) + 6, size=(25, 3))
+    painted = paint_targets(_picks(centres), shape, diameter=130.0, voxel_size=10.0)
+    assert painted.dtype == np.float32
+    np.testing.assert_allclose(painted, _dense(centres, shape, 6.5), atol=1e-7)
+    assert np.array_equal(painted > 0, _dense(centres, shape, 6.5) > 0)
+
+
+def test_label_is_one_at_a_centre_and_zero_beyond_the_radius() -> None:
+    painted = paint_targets(_picks([10, 10, 10]), (21, 21, 21), diameter=20, voxel_size=1)
+    assert painted[10, 10, 10] == 1.0
+    assert painted[10, 10, 0] > 0
+    assert painted[10, 9, 0] == 0
+    # Known values of the profile at r / R = 0.2 and 0.5.
+    expected = [(np.exp(-(t**2) * 9 / (2 * 0.9025)) + np.exp(-(t**2) * 9 / 0.5)) / 2 for t in (0.2, 0.5)]
+    np.testing.assert_allclose(painted[10, 10, [12, 15]], expected, rtol=1e-6)
+    assert painted[10, 10, 12] == pytest.approx(0.653, abs=1e-3)
+
+
+def test_a_label_peaks_at_its_sub_voxel_centre() -> None:
+    centre = np.array([12.3, 9.75, 14.5])
+    painted = paint_targets(_picks(centre), (25, 25, 25), diameter=20, voxel_size=1).astype(np.float64)
+    grid = np.stack(np.meshgrid(*[np.arange(25)] * 3, indexing="ij"), axis=-1)
+    mean = (grid * painted[..., None]).sum(axis=(0, 1, 2)) / painted.sum()
+    np.testing.assert_allclose(mean, centre, atol=0.02)
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_any_box_equals_its_part_of_the_whole(data: st.DataObject) -> None:
+    shape = (20, 24, 22)
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**16)))
+    centres = rng.uniform(-5, 29, size=(data.draw(st.integers(0, 12)), 3))
+    radius = data.draw(st.floats(0.3, 9))
+    kinds: list[Label] = ["gaussian", "binary"]
+    label = data.draw(st.sampled_from(kinds))
+    whole = paint_targets(_picks(centres), shape, diameter=2 * radius, voxel_size=1, label=label)
+    starts = [data.draw(st.integers(0, n - 1)) for n in shape]
+    stops = [data.draw(st.integers(a + 1, n)) for a, n in zip(starts, shape, strict=True)]
+    box = tuple(slice(a, b) for a, b in zip(starts, stops, strict=True))
+    part = paint_box(centres, (box[0], box[1], box[2]), radius=radius, label=label)
+    np.testing.assert_array_equal(part, whole[box])
+
+
+def test_binary_label_is_a_ball() -> None:
+    painted = paint_targets(_picks([8, 8, 8.5]), (17, 17, 17), diameter=50, voxel_size=5, label="binary")
+    z, y, x = np.ogrid[:17, :17, :17]
+    np.testing.assert_array_equal(painted, ((z - 8) ** 2 + (y - 8) ** 2 + (x - 8.5) ** 2 <= 25).astype("f4"))
+
+
+def test_no_picks_give_an_empty_label() -> None:
+    assert not paint_targets(_picks(np.zeros((0, 3))), (4, 5, 6), diameter=10, voxel_size=1).any()
+
+
+def test_unknown_label_and_bad_radius_are_refused() -> None:
+    with pytest.raises(FormatError, match="'disc'"):
+        paint_targets(_picks([1, 1, 1]), (4, 4, 4), diameter=3, voxel_size=1, label="disc")  # type: ignore[arg-type]
+    with pytest.raises(FormatError, match="radius"):
+        paint_targets(_picks([1, 1, 1]), (4, 4, 4), diameter=-3, voxel_size=1)
