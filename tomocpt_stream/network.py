@@ -1,0 +1,163 @@
+"""The network: MONAI's SwinUNETR-V2 from an architecture that is plain data.
+
+One channel of normalised intensities in, one channel of logits out, edges in multiples of 32 voxels.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+from monai.networks.nets.swin_unetr import SwinUNETR
+from torch import nn
+
+from tomocpt_stream.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+_COMMON: dict[str, Any] = {
+    "network": "SwinUNETR",
+    "use_v2": True,
+    "merging": "merging",
+    "depths": [2, 2, 2, 2],
+    "num_heads": [3, 6, 12, 24],
+}
+# "paper": section 2.2 with the drop rates of its program; 41 million parameters. "small": 4.6 million;
+# 4 divides every stage's grid (32, 16, 8, 4), where a window of 7 pads 32 to 35.
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "paper": _COMMON
+    | {
+        "feature_size": 36,
+        "window": 7,
+        "drop_rate": 0.15,
+        "attention_drop_rate": 0.15,
+        "path_drop_rate": 0.05,
+    },
+    "small": _COMMON
+    | {"feature_size": 12, "window": 4, "drop_rate": 0.0, "attention_drop_rate": 0.0, "path_drop_rate": 0.0},
+}
+_KEYS = frozenset(ARCHITECTURES["paper"])
+
+# Bytes at the peak of one inference, per feature channel and voxel of the window; see `bytes_per_window`.
+_FEATURE_MAPS = 7.0
+_ATTENTION_MAPS = 3.0
+
+
+def named_architecture(name: str) -> dict[str, Any]:
+    """Return a copy of the architecture called `name`: "paper" or "small"."""
+    if name not in ARCHITECTURES:
+        raise CheckpointError(
+            f"architecture {name!r}", expected=" or ".join(ARCHITECTURES), remedy="choose one of these names"
+        )
+    return dict(ARCHITECTURES[name])
+
+
+def build_network(architecture: Mapping[str, Any]) -> nn.Module:
+    """Return the network of an architecture, with fresh weights and logits as its answer.
+
+    Keys: "network" ("SwinUNETR"), "feature_size" (a multiple of 12), "window" (edge of an attention
+    window), "depths" and "num_heads" (four numbers each), "use_v2", "merging" ("merging": the order of
+    MONAI 1.5 and later), "drop_rate", "attention_drop_rate", "path_drop_rate".
+
+    Raises CheckpointError where a key is missing or unknown, or a value builds no network.
+    """
+    _check(architecture)
+    try:
+        network = SwinUNETR(
+            in_channels=1,
+            out_channels=1,
+            feature_size=architecture["feature_size"],
+            window_size=architecture["window"],
+            depths=tuple(architecture["depths"]),
+            num_heads=tuple(architecture["num_heads"]),
+            drop_rate=architecture["drop_rate"],
+            attn_drop_rate=architecture["attention_drop_rate"],
+            dropout_path_rate=architecture["path_drop_rate"],
+            use_v2=architecture["use_v2"],
+            downsample=architecture["merging"],
+        )
+    except (TypeError, ValueError, IndexError, ZeroDivisionError) as error:
+        raise CheckpointError(
+            f"an architecture that builds no network ({error})",
+            expected="sizes that fit one another, such as those of 'small'",
+            remedy="correct the architecture, or take the picker's file from its source again",
+        ) from error
+    deepest = ["encoder10", "decoder5"] + ["swinViT.layers4c.0"] * bool(architecture["use_v2"])
+    for name in deepest:
+        _keep_float32(network.get_submodule(name))
+    return network
+
+
+def place(network: nn.Module, device: torch.device) -> nn.Module:
+    """Return the network on a device, its convolutions channels last: 1.2 to 2 times faster on a CPU."""
+    moved: nn.Module = network.to(device, memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+    return moved
+
+
+def start_quiet(network: nn.Module, *, confidence: float = 0.02) -> None:
+    """Set the last bias so that an untrained network answers about `confidence` everywhere.
+
+    Background is most of any label; a network that starts at 0.5 spends its first steps on that.
+    """
+    bias = network.get_parameter("out.conv.conv.bias")
+    with torch.no_grad():
+        bias.fill_(math.log(confidence / (1 - confidence)))
+
+
+def bytes_per_window(architecture: Mapping[str, Any], shape: Sequence[int]) -> int:
+    """Return the bytes that one window of `shape` voxels needs at the peak of an inference, float32.
+
+    The full-resolution decoder holds a fixed number of maps of feature_size channels; the attention of
+    the first stage, at half resolution, a fixed number of matrices (tokens x window³ x heads), with the
+    grid padded up to whole attention windows. The larger of both, plus the output and its sigmoid.
+    The two numbers are measured (benchmarks/bench_network.py) and rounded up.
+    """
+    voxels = math.prod(shape)
+    window = architecture["window"]
+    tokens = math.prod(math.ceil(n / 2 / window) * window for n in shape)
+    features = _FEATURE_MAPS * architecture["feature_size"] * voxels
+    attention = _ATTENTION_MAPS * tokens * window**3 * architecture["num_heads"][0]
+    return int(4 * (max(features, attention) + 2 * voxels))
+
+
+def _keep_float32(block: nn.Module) -> None:
+    """Take a block out of autocast.
+
+    Where an edge is 2 voxels, oneDNN returns uninitialised memory as the bfloat16 gradient of the weights
+    of a channels-last convolution (torch 2.13, AVX-512). The deepest blocks cost nothing in float32.
+    """
+    inner = block.forward
+
+    def forward(*maps: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(maps[0].device.type, enabled=False):
+            answer: torch.Tensor = inner(*(part.float() for part in maps))
+            return answer
+
+    block.forward = forward
+
+
+def _check(architecture: Mapping[str, Any]) -> None:
+    missing, unknown = sorted(_KEYS - set(architecture)), sorted(set(architecture) - _KEYS)
+    if missing or unknown:
+        raise CheckpointError(
+            f"an architecture without {missing} and with unknown {unknown}",
+            expected=f"the keys {sorted(_KEYS)}",
+            remedy="use a newer version of the package, or take the picker's file from its source again",
+        )
+    for key, known in (("network", "SwinUNETR"), ("merging", "merging")):
+        if architecture[key] != known:
+            raise CheckpointError(
+                f"an architecture with {key} {architecture[key]!r}",
+                expected=repr(known),
+                remedy="use a newer version of the package, or another picker",
+            )
+    for key in ("depths", "num_heads"):
+        # MONAI builds a network of other lengths without a word, and fails at the first window.
+        if len(architecture[key]) != 4:
+            raise CheckpointError(
+                f"an architecture with {key} {architecture[key]!r}",
+                expected="four numbers, one for each stage",
+                remedy="correct the architecture",
+            )
