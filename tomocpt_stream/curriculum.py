@@ -1,0 +1,203 @@
+"""What the base picker is taught: simulated tomograms of many shapes, each imaged in its own way.
+
+`train_base` is the whole recipe: it simulates the tomograms, puts each on the working grid where the
+particle measures 20 voxels, keeps them in a folder, and trains. Run again, it goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tomocpt_stream.crops import Augmentation, Example, Sampling, example
+from tomocpt_stream.errors import SourceError
+from tomocpt_stream.phantom import PhantomOptions, simulate_phantom
+from tomocpt_stream.picks import Picks
+from tomocpt_stream.progress import Progress, silent
+from tomocpt_stream.shapes import SHAPES_TRAIN
+from tomocpt_stream.training import Step, TrainOptions, ignore, train
+from tomocpt_stream.volume import ingest, open_volume
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Callable
+
+    from tomocpt_stream.picker import Picker
+
+# Seeds of validation tomograms start here; those of training start at 0.
+_HELD = 1_000_000
+_RADIUS = 10.0
+# Particles in 64 x 144 x 144 working voxels that pack without crowding.
+_DENSITY = 30 / (64 * 144 * 144)
+
+
+def base_options(*, steps: int = 3000, seed: int = 0) -> TrainOptions:
+    """Return the options that the shipped picker was trained with."""
+    return TrainOptions(
+        steps=steps,
+        batch_size=2,
+        learning_rate=1e-3,
+        warm_up=100,
+        average=0.995,
+        precision="bfloat16",
+        seed=seed,
+        sampling=Sampling(
+            radius=_RADIUS,
+            positive=0.7,
+            augmentation=Augmentation(turns=True, scale=0.15, shift=0.1, noise=0.2, blur=1.0, sharpen=0.5),
+        ),
+        checkpoint_every=100,
+        validation_crops=32,
+    )
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Which tomograms are simulated, and how many of them are kept for validation."""
+
+    tomograms: int = 200
+    validation: int = 12
+    seed: int = 0
+    options: TrainOptions = field(default_factory=base_options)
+
+
+def train_base(
+    folder: str | os.PathLike[str],
+    *,
+    recipe: Recipe | None = None,
+    workers: int = 2,
+    progress: Progress = silent,
+    on_step: Callable[[Step], None] = ignore,
+) -> Picker:
+    """Return a picker trained on simulated tomograms alone; `folder` keeps them and the checkpoints.
+
+    A folder of an earlier, interrupted run with the same recipe is taken up where it was left.
+    """
+    recipe, place = recipe or Recipe(), Path(folder)
+    seeds = [recipe.seed + k for k in range(recipe.tomograms)]
+    held = [recipe.seed + _HELD + k for k in range(recipe.validation)]
+    examples = prepare(place / "tomograms", [*seeds, *held], workers=workers, progress=progress)
+    record = {
+        "data": "simulated tomograms",
+        "tomograms": recipe.tomograms,
+        "validation_tomograms": recipe.validation,
+        "particles": int(sum(len(item.centres) for item in examples[: len(seeds)])),
+        "first_seed": recipe.seed,
+        "shapes": [*SHAPES_TRAIN, "blob"],
+    }
+    return train(
+        examples[: len(seeds)],
+        validation=examples[len(seeds) :],
+        options=recipe.options,
+        folder=place / "run",
+        provenance=record,
+        on_step=on_step,
+    )
+
+
+def prepare(
+    folder: Path, seeds: list[int], *, workers: int = 2, progress: Progress = silent
+) -> list[Example]:
+    """Return one example for each seed, simulated into `folder` unless it is there already."""
+    folder.mkdir(parents=True, exist_ok=True)
+    missing = [seed for seed in seeds if not (folder / f"{seed}.json").exists()]
+    done = len(seeds) - len(missing)
+    if missing:
+        # spawn: a fork would copy torch's threads in whatever state they are.
+        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+            for _ in pool.map(_simulate, [folder] * len(missing), missing):
+                done += 1
+                progress("simulate", done, len(seeds))
+    return [_open(folder, seed) for seed in seeds]
+
+
+def draw_phantom(seed: int) -> tuple[PhantomOptions, float]:
+    """Return the options of one simulated tomogram and the voxel size (Å) of its working grid.
+
+    The ranges span what users bring: 6 to 15 Å a voxel, particles of 12 to 30 voxels, SNR 0.025 to 0.2,
+    any common tilt range, raw or phase-flipped, sparse to touching, with what must not be picked:
+    smaller particles, filaments, gold, membranes, ice.
+    """
+    rng = np.random.default_rng([seed, 20])
+    voxel_size = float(rng.uniform(6, 15))
+    across = 20.0 if rng.random() < 0.3 else float(rng.uniform(12, 30))
+    diameter = across * voxel_size
+    # `pick` keeps a grid that is within 5 % of the working one, so the sizes vary by as much.
+    target = diameter / (2 * _RADIUS) * (1.0 if across == 20.0 else float(rng.uniform(0.95, 1.05)))
+    working = (int(rng.integers(48, 81)), int(rng.integers(128, 177)), int(rng.integers(128, 177)))
+    z, y, x = (max(8, round(n * target / voxel_size)) for n in working)
+    count = max(4, round(_DENSITY * math.prod(working) * float(rng.uniform(0.4, 1.6))))
+    named = [str(kind) for kind in rng.permutation(SHAPES_TRAIN)[: int(rng.integers(1, 5))]]
+    blobs = [f"blob:{int(rng.integers(1 << 30))}" for _ in range(int(rng.integers(1, 6)))]
+    options = PhantomOptions(
+        shape=(z, y, x),
+        voxel_size=voxel_size,
+        diameter=diameter,
+        particles=(*named, *blobs),
+        count=count,
+        distractors=int(rng.integers(0, 1 + count)),
+        distractor_sizes=(0.3, float(rng.uniform(0.45, 0.62))),
+        filaments=int(rng.integers(0, 4)),
+        gold=int(rng.integers(0, 7)) if rng.random() < 0.6 else 0,
+        gold_diameter=diameter * float(rng.uniform(0.2, 0.75)),
+        vesicles=int(rng.integers(0, 3)),
+        sheets=int(rng.random() < 0.25),
+        membrane_thickness=float(rng.uniform(32, 48)),
+        ice=int(rng.integers(1, 3)) if rng.random() < 0.2 else 0,
+        separation=float(rng.uniform(0.6, 1.0)),
+        margin=None if rng.random() < 0.5 else 0.0,
+        tilt_range=float(rng.choice([45, 51, 54, 60, 60, 60, 66])),
+        tilt_step=float(rng.choice([2, 3, 3, 3, 4])),
+        defocus=float(rng.uniform(1.5, 5.5)),
+        b_factor=float(rng.uniform(100, 600)),
+        dose=float(rng.uniform(60, 140)),
+        snr=float(np.exp(rng.uniform(np.log(0.025), np.log(0.2)))),
+        ctf_correction="flip" if rng.random() < 0.5 else "none",
+        reconstruction_filter=("ramp", "ramp", "hamming", "cosine")[int(rng.integers(4))],
+    )
+    return options, target
+
+
+def _simulate(folder: Path, seed: int) -> None:
+    """Simulate one tomogram, put it on the working grid and write its truth; the truth comes last."""
+    options, target = draw_phantom(seed)
+    phantom = None
+    while phantom is None:
+        try:
+            phantom = simulate_phantom(options, seed=seed, name=str(seed))
+        except SourceError:
+            # Random packing found no room: the same field with fewer of everything.
+            options = _thinned(options)
+    ingest(phantom.tomogram, folder / f"{seed}.zarr", voxel_size=target)
+    truth = {"zyx": phantom.picks().zyx.tolist(), "options": asdict(options), "voxel_size": target}
+    temporary = folder / f".{seed}.json.part"
+    temporary.write_text(json.dumps(truth))
+    temporary.replace(folder / f"{seed}.json")
+
+
+def _thinned(options: PhantomOptions) -> PhantomOptions:
+    if options.count <= 1:
+        raise SourceError(
+            f"no room for one particle of {options.diameter:g} Å in {options.shape} voxels",
+            expected="a field that holds a particle",
+            remedy="choose another seed",
+        )
+    fewer: dict[str, Any] = {
+        name: getattr(options, name) * 3 // 4
+        for name in ("count", "distractors", "filaments", "gold", "vesicles", "ice")
+    }
+    return replace(options, **fewer)
+
+
+def _open(folder: Path, seed: int) -> Example:
+    volume = open_volume(folder / f"{seed}.zarr")
+    truth = json.loads((folder / f"{seed}.json").read_text())
+    zyx = np.array(truth["zyx"], dtype=np.float64).reshape(-1, 3)
+    return example(volume, Picks(zyx, np.ones(len(zyx), dtype=np.float32)))
