@@ -141,10 +141,12 @@ def score_task(task: Task, work: Work, report: Callable[[int], None]) -> dict[st
                 else:
                     batches.push((row, y, x), rows.window(y, x))
                     stats["windows"] += 1
-            report(xs[1] - xs[0])
+            if y < ys[1] - 1:
+                report(xs[1] - xs[0])
         if layers.is_due(row):
             batches.flush()
             layers.finish(row)
+        report(xs[1] - xs[0])  # the last of a row count when what the row completes is stored
     stats |= {
         "bytes_read": rows.bytes_read,
         "seconds": time.perf_counter() - started,
@@ -213,12 +215,13 @@ class _Layers:
             work.marks[box_of(chunk)] = marks * np.uint8(SCORED) + (
                 np.uint8(ALLOWED) if allowed is None else allowed * np.uint8(ALLOWED)
             )
-        settled = _settled(chunk, origin, block.shape, work.plan.shape)
-        constant = bool(block.min() == block.max())
+        around, corner = _around(block, origin, chunk)
+        settled = _settled(chunk, corner, around.shape, work.plan.shape)
+        constant = bool(around.min() == around.max())
         found = np.zeros(0, dtype=CANDIDATE)
         if not constant:  # every voxel of a constant block is a candidate: they are found when asked for
             found = scan_block(
-                block, origin, box_of(settled), work.plan.shape, work.floor, name=work.volume.name
+                around, corner, box_of(settled), work.plan.shape, work.floor, name=work.volume.name
             )
         if allowed is not None:
             found = found[
@@ -239,6 +242,19 @@ class _Layers:
                 "write": self._task.write_spans,
             },
         )
+
+
+def _around(
+    block: npt.NDArray[np.float32], origin: Index, chunk: tuple[Span, Span, Span]
+) -> tuple[npt.NDArray[np.float32], Index]:
+    """Return the part of a block that the peaks of a chunk look at, and the voxel where it starts."""
+    z, y, x = (
+        (max(start - REACH, zero), min(stop + REACH, zero + size))
+        for (start, stop), zero, size in zip(chunk, origin, block.shape, strict=True)
+    )
+    corner = (z[0], y[0], x[0])
+    part = tuple(slice(a - zero, b - zero) for (a, b), zero in zip((z, y, x), origin, strict=True))
+    return block[part], corner
 
 
 def _settled(
