@@ -154,6 +154,15 @@ def test_fingerprint_follows_weights_and_scale_but_not_provenance() -> None:
     assert _picker(0, provenance={"step": 3}).fingerprint == marks[0]
 
 
+def test_a_shifted_picker_answers_by_a_constant_less(picker: Picker) -> None:
+    lower = picker.shifted(-1.5, calibration={"shift": -1.5})
+    before, after = (one.score(_batch()).astype(np.float64) for one in (picker, lower))
+    np.testing.assert_allclose(np.log(after / (1 - after)), np.log(before / (1 - before)) - 1.5, atol=1e-3)
+    assert lower.metadata["provenance"] == {"calibration": {"shift": -1.5}}
+    assert picker.metadata["provenance"] == {}
+    assert lower.fingerprint != picker.fingerprint
+
+
 def test_saving_appears_whole_and_leaves_nothing_else(picker: Picker, tmp_path: Path) -> None:
     target = tmp_path / "new" / "picker.safetensors"
     picker.save(target)

@@ -20,7 +20,7 @@ from torch import nn
 
 from tomocpt_stream.blocks import Window
 from tomocpt_stream.errors import CheckpointError, PlanError
-from tomocpt_stream.network import build_network, bytes_per_window, place
+from tomocpt_stream.network import build_network, bytes_per_window, place, shift_answers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -118,6 +118,14 @@ class Picker:
     def copy_weights(self, network: nn.Module) -> None:
         """Copy the weights into a network of the same architecture; CheckpointError where it differs."""
         _fill(network, dict(self._network.named_parameters()), self.address or "the picker")
+
+    def shifted(self, logits: float, **provenance: Any) -> Picker:
+        """Return a picker whose logits are higher by a constant; `provenance` is added to its own."""
+        network = build_network(self.metadata["architecture"])
+        self.copy_weights(network)
+        shift_answers(network, logits)
+        kept = self.metadata["provenance"] | provenance
+        return Picker(network, self.metadata | {"provenance": kept}, device=str(self.device))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the picker to one safetensors file; the file appears whole or not at all."""
