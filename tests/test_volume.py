@@ -285,6 +285,19 @@ def test_fill_is_left_out_of_the_percentiles(tmp_path: Path) -> None:
         assert np.all(voxels_of(volume)[marked] == 0.0)
 
 
+@pytest.mark.parametrize("radius", [69.5, 70.0, 64.3, 75.0])
+def test_percentiles_are_those_of_the_voxels_inside_a_circular_mask(tmp_path: Path, radius: float) -> None:
+    source = noise((30, 140, 140))
+    y, x = np.indices(source.shape[1:]) - 69.5
+    outside = np.broadcast_to(y**2 + x**2 > radius**2, source.shape)
+    source[outside] = 0.0
+    volume = ingest(tomogram(source), tmp_path / "v", voxel_size=10.0)
+    p5, p50, p95 = np.percentile(source[~outside].astype(np.float64), [5, 50, 95])
+    np.testing.assert_allclose(volume.percentiles, [p5, p50, p95], atol=1e-6 * (p95 - p5), rtol=0)
+    assert volume.fill is not None
+    np.testing.assert_array_equal(volume.fill[:], outside)
+
+
 def test_the_tomocpt_rule_knows_no_fill(tmp_path: Path) -> None:
     source = noise((30, 40, 50))
     source[:, :20] = 0.0

@@ -1,13 +1,18 @@
 """Find constant fill at the faces of a tomogram: masked corners and padding.
 
-A value held exactly by more than 1 % of the source voxels, in regions that touch a face, is fill. A
-region is made of *solid* voxels, those in some 4 x 4 x 4 cube of the one value (the volume goes on
-beyond its faces as it ends there), joined through shared sides. Noise of few grey levels holds
-every value often, but not in such cubes. (With 2 x 2 x 2, the grain of an 8-bit tomogram of low
-contrast passed for fill.)
+A *region* is a set of voxels that equal one value exactly, joined through shared sides. It is fill if
+it touches a face and at least half of it is *solid*: in some 4 x 4 x 4 cube of the value, two planes
+of which, at most, lie beyond a face, where the volume goes on as it ends. So the tips and slivers of an
+oblique border belong to the fill that they are part of; one blank section is none; and noise of few
+grey levels, which holds every value often and joins it over any distance, is none either. Where such
+noise has grown on fill until less than half of the region is solid, the region's solid parts that touch
+a face are fill, by themselves. A value counts if its regions that are fill, or its solid parts at the
+faces, hold more than 1 % of the source voxels; values are looked for on the faces (`face_values`).
 
 The search runs box by box on a lattice anchored to the volume, with a halo of three voxels; regions
-are joined across boxes by union-find. Memory: one read tile, and one layer of box faces.
+are followed through every box that holds the value, since a sliver may be all that ties a box to fill
+in a later one. Memory: one read tile, the value's voxels on one layer of box faces, and the numbers of
+the pieces of regions that are fill, or that reach that layer.
 """
 
 from __future__ import annotations
@@ -20,6 +25,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from tomocpt_stream.progress import Progress, silent
 from tomocpt_stream.tiles import cut, prefetch, voxels_of, whole
@@ -34,14 +41,17 @@ if TYPE_CHECKING:
 Floats = npt.NDArray[np.float32]
 Bools = npt.NDArray[np.bool_]
 Labels = npt.NDArray[np.int64]
+Positions = npt.NDArray[np.int32]
 
 SHARE = 0.01
 BOX = 128
 _TILE = (BOX, 2 * BOX, 2 * BOX)  # one read: larger reads decode a stored chunk less often
 _EDGE = 4  # of the cubes that make voxels solid
 _HALO = _EDGE - 1
+_BEYOND = 2  # planes of a cube that may lie beyond a face
 _CANDIDATES = 4
 _STRIP = 1 << 25
+_PENDING = 1 << 18  # new pieces of regions, until the regions that are not fill are forgotten
 
 
 @dataclass(frozen=True)
@@ -61,42 +71,66 @@ class Fill:
 
 
 class Regions:
-    """Regions of solid voxels, joined by union-find; each has a size and may touch a face."""
+    """Regions put together from numbered pieces; those that turn out to be none of the fill are forgotten.
+
+    A piece is the part of a region that lies in one box; it touches a side of the box.
+    """
 
     def __init__(self) -> None:
-        self._parent: list[int] = []
-        self._size: list[int] = []
-        self._touches: list[bool] = []
+        self.pending = 0
+        self._next = 0
+        self._new: list[tuple[Labels, Labels, Bools]] = []
+        self._pairs: list[Labels] = []
+        # Of the pieces kept: number (ascending) and region. Of the regions: voxels, solid ones, at a face.
+        self._numbers = np.zeros(0, np.int64)
+        self._region = np.zeros(0, np.int64)
+        self._size = np.zeros(0, np.int64)
+        self._solid = np.zeros(0, np.int64)
+        self._touches = np.zeros(0, np.bool_)
 
-    def __len__(self) -> int:
-        return len(self._parent)
+    def add(self, sizes: Labels, solid_sizes: Labels, touches: Bools) -> int:
+        """Append pieces, numbered on from the last, and return the number of the first."""
+        first = self._next
+        self._next += len(sizes)
+        self.pending += len(sizes)
+        self._new.append((sizes, solid_sizes, touches))
+        return first
 
-    def add(self, sizes: npt.NDArray[np.int64], touches: Bools) -> None:
-        """Append regions, numbered on from the last."""
-        self._parent.extend(range(len(self._parent), len(self._parent) + len(sizes)))
-        self._size.extend(sizes.tolist())
-        self._touches.extend(touches.tolist())
+    def join(self, pairs: Labels) -> None:
+        """Make one region of the two of each row of piece numbers (n, 2)."""
+        self._pairs.append(pairs)
 
-    def root(self, region: int) -> int:
-        """Return the number that stands for all that `region` is joined with."""
-        while self._parent[region] != region:
-            self._parent[region] = self._parent[self._parent[region]]
-            region = self._parent[region]
-        return region
+    def settle(self, numbers: Labels) -> None:
+        """Forget the regions that are not fill; those with a piece among `numbers` can still grow."""
+        new = np.arange(self._next - self.pending, self._next)
+        pieces = np.concatenate([self._numbers, new])
+        region = np.concatenate([self._region, len(self._size) + np.arange(len(new))])
+        sizes, solid_sizes, touches = (
+            np.concatenate(parts)
+            for parts in zip((self._size, self._solid, self._touches), *self._new, strict=True)
+        )
+        if len(pieces) == 0:
+            return
+        pairs = np.concatenate([np.zeros((0, 2), np.int64), *self._pairs])
+        ends = region[np.searchsorted(pieces, pairs)].T
+        graph = coo_array((np.ones(len(pairs), np.bool_), (ends[0], ends[1])), shape=(len(sizes),) * 2)
+        count, merged = connected_components(graph, directed=False)
+        region = merged[region]
+        size, solid_size, touching = (  # as floats, exact to 2^53 voxels
+            np.bincount(merged, weights, minlength=count).astype(np.int64)
+            for weights in (sizes, solid_sizes, touches)
+        )
+        kept = (touching > 0) & (2 * solid_size >= size)
+        kept[region[np.searchsorted(pieces, numbers)]] = True
+        stay = kept[region]
+        self._numbers, self._region = pieces[stay], (np.cumsum(kept) - 1)[region[stay]]
+        self._size, self._solid, self._touches = size[kept], solid_size[kept], touching[kept] > 0
+        self._new, self._pairs, self.pending = [], [], 0
 
-    def join(self, one: int, other: int) -> None:
-        """Make two regions one."""
-        low, high = sorted((self.root(one), self.root(other)))
-        if low != high:
-            self._parent[high] = low
-            self._size[low] += self._size[high]
-            self._touches[low] |= self._touches[high]
-
-    def at_faces(self) -> tuple[Bools, int]:
-        """Return which regions touch a face, by number, and the voxels of all of them."""
-        flags = np.array([self._touches[self.root(region)] for region in range(len(self))], dtype=np.bool_)
-        roots = (region for region in range(len(self)) if self._parent[region] == region)
-        return flags, sum(self._size[region] for region in roots if self._touches[region])
+    def fill(self) -> tuple[Labels, int]:
+        """Return the numbers of the pieces of all regions that are fill, ascending, and their voxels."""
+        self.settle(np.zeros(0, np.int64))
+        return self._numbers, int(self._size.sum())
 
 
 def find_fill(
@@ -111,39 +145,65 @@ def find_fill(
     `create_mask` returns an empty zarr bool array of `shape`, chunked in cubes of `BOX`; it is
     called, and the array written, only if there is fill.
     """
-    candidates = face_values(read, shape)
+    # In a volume of one plane no cube has two planes inside.
+    candidates = face_values(read, shape) if min(shape) > _EDGE - 1 - _BEYOND else []
     if not candidates:
         return None
-    labellers = {value: _Labeller(shape) for value in candidates}
+    searches = [_Search(value, shape) for value in candidates]
     seen, total = 0, math.prod(shape)
     for box, padded in _boxes(read, shape):
-        some = has_constant_cube(padded)
-        for value, labeller in labellers.items():
-            labeller.take(box, solid(padded == value) if some else None)
+        for search in searches:
+            search.take(box, padded)
         seen += voxels_of(box)
         progress("fill", seen, total)
-    at_faces = {value: labeller.regions.at_faces() for value, labeller in labellers.items()}
-    found = {value: entry for value, entry in at_faces.items() if entry[1] > SHARE * total}
+    found = [search for search in searches if search.settle() > SHARE * total]
     if not found:
         return None
     mask = create_mask()
-    _write_mask(mask, read, shape, {value: flags for value, (flags, _) in found.items()})
-    return Fill(tuple(found), tuple(voxels for _, voxels in found.values()), mask)
-
-
-def _write_mask(
-    mask: zarr.Array[Any], read: Callable[[Box], Floats], shape: Shape, found: dict[float, Bools]
-) -> None:
-    """Number the regions once more, in the same order, and store where those at the faces are."""
-    labellers = {value: _Labeller(shape) for value in found}
-    for box, padded in _boxes(read, shape):
+    voxels = [0] * len(found)
+    for box, padded in _boxes(read, shape, lambda box: any(search.reaches(box) for search in found)):
         filled = np.zeros([side.stop - side.start for side in box], np.bool_)
-        some = has_constant_cube(padded)
-        for value, labeller in labellers.items():
-            numbers = labeller.number(box, solid(padded == value) if some else None)
-            if numbers is not None:
-                filled |= np.concatenate([[False], found[value]])[numbers]
+        for number, search in enumerate(found):
+            part = search.fill(box, padded)
+            voxels[number] += int(np.count_nonzero(part))
+            filled |= part
         mask[box] = filled
+    return Fill(tuple(search.value for search in found), tuple(voxels), mask)
+
+
+class _Search:
+    """The search for fill of one value: its regions, and the parts of them that are solid."""
+
+    def __init__(self, value: float, shape: Shape) -> None:
+        self.value = value
+        self._regions = _Labeller(shape)
+        self._solid = _Labeller(shape)
+
+    def take(self, box: Box, padded: Floats) -> None:
+        """Add what a box holds; boxes come in the order of `_boxes`."""
+        equal = padded == np.float32(self.value)
+        inside = _inside(equal)
+        solid_voxels = solid(equal) if inside.any() else inside
+        self._regions.take(box, inside, solid_voxels)
+        self._solid.take(box, solid_voxels, solid_voxels)
+
+    def settle(self) -> int:
+        """Settle what is fill once every box is taken; return the voxels that must exceed the share."""
+        return max(self._regions.settle(), self._solid.settle())
+
+    def reaches(self, box: Box) -> bool:
+        """Return whether fill of the value may lie in a box."""
+        return self._regions.reaches(box) or self._solid.reaches(box)
+
+    def fill(self, box: Box, padded: Floats) -> Bools:
+        """Return which voxels of a box are fill."""
+        equal = padded == np.float32(self.value)
+        filled = np.zeros([side.stop - side.start for side in box], np.bool_)
+        if self._regions.reaches(box):
+            filled |= self._regions.fill(box, _inside(equal))
+        if self._solid.reaches(box):
+            filled |= self._solid.fill(box, solid(equal))
+        return filled
 
 
 def face_values(read: Callable[[Box], Floats], shape: Shape) -> list[float]:
@@ -162,18 +222,6 @@ def face_values(read: Callable[[Box], Floats], shape: Shape) -> list[float]:
     return [value for value, _ in ranked[:_CANDIDATES]]
 
 
-def has_constant_cube(voxels: Floats) -> bool:
-    """Return whether any 2 x 2 x 2 cube holds one value: the cheap question that most boxes answer no."""
-    rows = voxels[:, :, 1:] == voxels[:, :, :-1]
-    squares = rows[:, 1:] & rows[:, :-1]
-    squares &= voxels[:, 1:, 1:] == voxels[:, :-1, 1:]
-    if not squares.any():
-        return False
-    cubes = squares[1:] & squares[:-1]
-    cubes &= voxels[1:, 1:, 1:] == voxels[:-1, 1:, 1:]
-    return bool(cubes.any())
-
-
 def solid(equal: Bools) -> Bools:
     """Return which voxels lie in some 4 x 4 x 4 cube of true ones; `equal` has a halo of three voxels."""
     cubes = equal
@@ -184,6 +232,10 @@ def solid(equal: Bools) -> Bools:
     for axis in range(3):
         cubes = ~_runs(~cubes, axis, _EDGE)
     return cubes
+
+
+def _inside(padded: Bools) -> Bools:
+    return padded[_HALO:-_HALO, _HALO:-_HALO, _HALO:-_HALO]
 
 
 def _runs(flags: Bools, axis: int, length: int) -> Bools:
@@ -197,66 +249,97 @@ def _runs(flags: Bools, axis: int, length: int) -> Bools:
 
 
 class _Labeller:
-    """Numbers the regions of one value over the boxes of a volume, which come in lattice order.
+    """Numbers the pieces of regions over the boxes of a volume, which come in the order of `_boxes`.
 
-    Regions that touch no side of their box are left out: they touch no face of the volume either.
+    Pieces that touch no side of their box are left out: they touch no face of the volume either.
     """
 
     def __init__(self, shape: Shape) -> None:
         self._shape = shape
-        self._sides: dict[tuple[int, int, int, int], Labels] = {}
-        self._next = 0
-        self.regions = Regions()
+        self._regions = Regions()
+        self._pieces: dict[tuple[int, int, int], tuple[int, int]] = {}  # of a box: the first, how many
+        # Sides that meet a later box: flat positions in the side that hold a piece, and which.
+        self._sides: dict[tuple[int, int, int, int], tuple[Positions, Labels]] = {}
+        self._filled = np.zeros(0, np.int64)
 
-    def take(self, box: Box, solid_voxels: Bools | None) -> None:
-        """Add the regions of a box and join them with those of the boxes before it."""
-        numbers = self.number(box, solid_voxels, register=True)
-        for axis in range(3):
-            before = self._sides.pop((axis, *(side.start for side in box)), None)
-            if before is None or numbers is None:
-                continue
-            low = np.take(numbers, 0, axis=axis)
-            touching = (before > 0) & (low > 0)
-            for one, other in np.unique(np.stack([before[touching], low[touching]]), axis=1).T.tolist():
-                self.regions.join(one - 1, other - 1)
-        if numbers is not None:
-            self._keep_sides(box, numbers)
+    def take(self, box: Box, voxels: Bools, solid_voxels: Bools) -> None:
+        """Add the pieces of a box, and join them with those of the boxes before it."""
+        start = (box[0].start, box[1].start, box[2].start)
+        met = [self._sides.pop((axis, *start), None) for axis in range(3)]
+        if not voxels.any():
+            return
+        labels, count, outer = _outer_pieces(voxels)
+        at_face = np.zeros(count + 1, np.bool_)
+        for axis, side in enumerate(box):
+            for at, face in ((0, side.start == 0), (-1, side.stop == self._shape[axis])):
+                if face:
+                    at_face[np.take(labels, at, axis=axis)] = True
+        sizes = np.bincount(labels[voxels], minlength=count + 1)
+        solid_sizes = np.bincount(labels[solid_voxels], minlength=count + 1)
+        first = self._regions.add(sizes[outer], solid_sizes[outer], at_face[outer])
+        numbers = np.full(count + 1, -1, np.int64)
+        pieces = int(np.count_nonzero(outer))
+        numbers[outer] = first + np.arange(pieces)
+        self._pieces[start] = (first, pieces)
+        for axis, before in enumerate(met):
+            if before is not None:
+                self._join_side(before, numbers[np.take(labels, 0, axis=axis).ravel()])
+            self._keep_side(box, axis, numbers[np.take(labels, -1, axis=axis).ravel()])
+        if self._regions.pending > _PENDING:
+            held = [numbers for _, numbers in self._sides.values()]
+            self._regions.settle(np.concatenate([np.zeros(0, np.int64), *held]))
 
-    def number(self, box: Box, solid_voxels: Bools | None, *, register: bool = False) -> Labels | None:
-        """Return the region of each voxel, counted from 1; 0 where none; None where there is none at all."""
-        if solid_voxels is None or not solid_voxels.any():
-            return None
-        labels, count = ndimage.label(solid_voxels)
-        sides = [np.unique(np.take(labels, at, axis=axis)) for axis in range(3) for at in (0, -1)]
-        outer = np.zeros(count + 1, np.bool_)
-        touches = np.zeros(count + 1, np.bool_)
-        at_face = [
-            face
-            for axis, side in enumerate(box)
-            for face in (side.start == 0, side.stop == self._shape[axis])
-        ]
-        for found, face in zip(sides, at_face, strict=True):
-            outer[found] = True
-            touches[found] |= face
-        outer[0] = False
-        numbers = np.zeros(count + 1, np.int64)
-        numbers[outer] = self._next + 1 + np.arange(int(outer.sum()))
-        self._next += int(outer.sum())
-        if register:
-            sizes = np.bincount(labels.ravel(), minlength=count + 1)
-            self.regions.add(sizes[outer], touches[outer])
-        return np.asarray(numbers[labels])
+    def _join_side(self, before: tuple[Positions, Labels], side: Labels) -> None:
+        positions, numbers = before
+        meeting = side[positions] >= 0
+        pairs = np.stack([numbers[meeting], side[positions[meeting]]])
+        self._regions.join(np.unique(pairs, axis=1).T)
 
-    def _keep_sides(self, box: Box, numbers: Labels) -> None:
-        for axis in range(3):
-            if box[axis].stop < self._shape[axis]:
-                start = [side.start for side in box]
-                start[axis] = box[axis].stop
-                self._sides[(axis, start[0], start[1], start[2])] = np.take(numbers, -1, axis=axis).copy()
+    def _keep_side(self, box: Box, axis: int, side: Labels) -> None:
+        positions = np.flatnonzero(side >= 0).astype(np.int32)
+        if box[axis].stop < self._shape[axis] and len(positions):
+            start = [part.start for part in box]
+            start[axis] = box[axis].stop
+            self._sides[axis, start[0], start[1], start[2]] = (positions, side[positions])
+
+    def settle(self) -> int:
+        """Settle which pieces are fill, and return the voxels of their regions."""
+        self._filled, voxels = self._regions.fill()
+        return voxels
+
+    def _filled_pieces(self, box: Box) -> Labels:
+        """Return which of the pieces of a box are fill, counted from 0."""
+        first, count = self._pieces.get((box[0].start, box[1].start, box[2].start), (0, 0))
+        low, high = np.searchsorted(self._filled, [first, first + count])
+        return self._filled[low:high] - first
+
+    def reaches(self, box: Box) -> bool:
+        """Return whether any piece in a box is fill."""
+        return len(self._filled_pieces(box)) > 0
+
+    def fill(self, box: Box, voxels: Bools) -> Bools:
+        """Return which voxels of a box belong to pieces that are fill; `voxels` as they were taken."""
+        labels, _, outer = _outer_pieces(voxels)
+        filled = np.zeros_like(outer)
+        filled[np.flatnonzero(outer)[self._filled_pieces(box)]] = True
+        return filled[labels]
 
 
-def _boxes(read: Callable[[Box], Floats], shape: Shape) -> Iterator[tuple[Box, Floats]]:
-    """Yield each box of the lattice and its voxels with a halo of three, tile by tile."""
+def _outer_pieces(voxels: Bools) -> tuple[npt.NDArray[np.int32], int, Bools]:
+    """Return the pieces of a box as labels from 1, how many there are, and which touch a side of it."""
+    labels, count = ndimage.label(voxels)
+    outer = np.zeros(count + 1, np.bool_)
+    for axis in range(3):
+        for at in (0, -1):
+            outer[np.take(labels, at, axis=axis)] = True
+    outer[0] = False
+    return labels, count, outer
+
+
+def _boxes(
+    read: Callable[[Box], Floats], shape: Shape, wanted: Callable[[Box], bool] = lambda _: True
+) -> Iterator[tuple[Box, Floats]]:
+    """Yield each wanted box of the lattice and its voxels with a halo of three, tile by tile."""
 
     def read_padded(tile: Box) -> Floats:
         z, y, x = (
@@ -267,10 +350,15 @@ def _boxes(read: Callable[[Box], Floats], shape: Shape) -> Iterator[tuple[Box, F
             (_HALO - (side.start - got.start), _HALO - (got.stop - side.stop))
             for side, got in zip(tile, (z, y, x), strict=True)
         ]
-        return np.pad(read((z, y, x)), ends, mode="edge")
+        near = [(min(low, _BEYOND), min(high, _BEYOND)) for low, high in ends]
+        far = [(low - min(low, _BEYOND), high - min(high, _BEYOND)) for low, high in ends]
+        return np.pad(np.pad(read((z, y, x)), near, mode="edge"), far, constant_values=np.nan)
 
-    for tile, padded in prefetch(read_padded, cut(whole(shape), _TILE)):
-        for box in cut(tile, (BOX, BOX, BOX)):
+    tiles = [(tile, list(filter(wanted, cut(tile, (BOX, BOX, BOX))))) for tile in cut(whole(shape), _TILE)]
+    tiles = [(tile, boxes) for tile, boxes in tiles if boxes]
+    read_tiles = prefetch(read_padded, [tile for tile, _ in tiles])
+    for (tile, padded), (_, boxes) in zip(read_tiles, tiles, strict=True):
+        for box in boxes:
             z, y, x = (
                 slice(inner.start - side.start, inner.stop - side.start + 2 * _HALO)
                 for inner, side in zip(box, tile, strict=True)
