@@ -167,6 +167,9 @@ def test_saving_appears_whole_and_leaves_nothing_else(picker: Picker, tmp_path: 
     target = tmp_path / "new" / "picker.safetensors"
     picker.save(target)
     assert [path.name for path in target.parent.iterdir()] == ["picker.safetensors"]
+    plain = tmp_path / "plain"
+    plain.write_bytes(b"")
+    assert target.stat().st_mode == plain.stat().st_mode
     before = target.read_bytes()
     picker.save(target)
     assert target.read_bytes() == before

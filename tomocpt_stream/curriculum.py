@@ -90,6 +90,10 @@ def train_base(
     held = [recipe.seed + _HELD + k for k in range(recipe.validation)]
     examples = prepare(place / "tomograms", [*seeds, *held], workers=workers, progress=progress)
     record = {
+        "command": (
+            f"tomocpt-stream train --steps {recipe.options.steps} --tomograms {recipe.tomograms} "
+            f"--validation {recipe.validation} --seed {recipe.seed}"
+        ),
         "data": "simulated tomograms",
         "tomograms": recipe.tomograms,
         "validation_tomograms": recipe.validation,
@@ -105,10 +109,16 @@ def train_base(
         provenance=record,
         on_step=on_step,
     )
-    return calibrate(picker, examples[len(seeds) :], progress=progress) if held else picker
+    return calibrate(picker, examples[len(seeds) :], provenance=record, progress=progress) if held else picker
 
 
-def calibrate(picker: Picker, examples: Sequence[Example], *, progress: Progress = silent) -> Picker:
+def calibrate(
+    picker: Picker,
+    examples: Sequence[Example],
+    *,
+    provenance: dict[str, Any] | None = None,
+    progress: Progress = silent,
+) -> Picker:
     """Return the picker with its scores shifted so that 0.3 is its best threshold on `examples`.
 
     Equation 9 weighs a particle's voxels some fifty times, so an answer of 0.3 is given where a particle
@@ -130,7 +140,8 @@ def calibrate(picker: Picker, examples: Sequence[Example], *, progress: Progress
     # The middle of the plateau of the best thresholds.
     best = float(np.median(_THRESHOLDS[scores >= scores.max() - 0.005]))
     shift = math.log(0.3 / 0.7) - math.log(best / (1 - best))
-    return picker.shifted(shift, calibration={"threshold": best, "f1": float(scores.max()), "shift": shift})
+    record = {"threshold": best, "f1": float(scores.max()), "shift": shift}
+    return picker.shifted(shift, **(provenance or {}), calibration=record)
 
 
 def _heatmap(picker: Picker, item: Example) -> npt.NDArray[np.float32]:

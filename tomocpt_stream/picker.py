@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as serialise
 from torch import nn
 
 from tomocpt_stream.blocks import Window
@@ -138,7 +138,8 @@ class Picker:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
         try:
-            save_file(weights, temporary, metadata={_KEY: text})
+            # save_file would leave a file that only its owner can read, whatever the umask.
+            temporary.write_bytes(serialise(weights, metadata={_KEY: text}))
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
