@@ -73,6 +73,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--paper", action="store_true", help="the paper's network too: minutes on a CPU")
     chosen = parser.parse_args()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads for training, batch {chosen.batch}")
     print("| feature size | parameters (M) | type | s/window | s/step of 2 crops | MB/window | MB stated |")
@@ -80,6 +81,8 @@ def main() -> None:
     batch = np.random.default_rng(0).standard_normal((chosen.batch, EDGE, EDGE, EDGE), dtype=np.float32)
     types: tuple[Precision, ...] = ("float32", "bfloat16")
     for name, architecture in architectures().items():
+        if name.startswith("paper") and not chosen.paper:
+            continue
         network = build_network(architecture)
         millions = sum(math.prod(value.shape) for value in network.parameters()) / 1e6
         held, stated = held_bytes(architecture) / 1e6, bytes_per_window(architecture, (EDGE,) * 3) / 1e6
