@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -121,9 +122,9 @@ def test_the_map_is_the_one_of_the_whole_volume(stitch: Any) -> None:
 
 @settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow])
 @given(
-    shape=st.tuples(st.integers(1, 45), st.integers(1, 60), st.integers(1, 60)),
+    shape=st.tuples(st.integers(1, 40), st.integers(1, 48), st.integers(1, 48)),
     stitch=st.sampled_from(["crop", "hann", "gaussian"]),
-    chunk=st.integers(9, 40),
+    chunk=st.integers(3, 40),
     share=st.floats(0, 1),
     seed=st.integers(0, 5),
     order_seed=st.integers(0, 100),
@@ -133,6 +134,7 @@ def test_the_answer_does_not_depend_on_the_cut(
     shape: Any, stitch: Any, chunk: int, share: float, seed: int, order_seed: int, tta: bool
 ) -> None:
     assume(np.prod(shape) > 200)  # a few voxels are constant or nearly so: an error of their own
+    assume(np.prod(shape) < 800 * chunk**3)  # not thousands of chunks
     volume = _volume(shape, seed=seed)
     options = PickOptions(60.0, stitch=stitch, batch_size=3, threshold=0.5, tta=tta)
     picker = PlaceDependent()
@@ -387,6 +389,37 @@ def test_masks_of_other_voxel_sizes_and_files(tmp_path: Path) -> None:
         _predict(volume, Identity(), mask=np.ones((20, 25, 40)))
     with pytest.raises(SourceError, match="three axes"):
         _predict(volume, Identity(), mask=np.ones((20, 25)))
+    with pytest.raises(SourceError, match="type list"):
+        _predict(volume, Identity(), mask=[1, 2])
+
+
+def test_an_empty_mask_says_so_and_a_flood_is_not_seen_outside_it() -> None:
+    volume = _volume((40, 40, 40))
+    with pytest.warns(UserWarning, match="no voxel inside"):
+        empty = _predict(volume, Identity(), mask=np.zeros((40, 40, 40)))
+    assert empty.scored_voxels == 0
+    assert len(find_peaks(empty, threshold=-1.0, min_distance=2)) == 0
+    corner = np.zeros((40, 40, 40))
+    corner[:3, :3, :3] = 1
+    below = PickOptions(60.0, stitch="crop", batch_size=3, threshold=-0.5)
+    heatmap = _predict(volume, Identity(), below, mask=corner, chunk=6)
+    assert heatmap.finished["candidates"] <= 27
+    picks = find_peaks(heatmap, threshold=-0.5, min_distance=1, refine=False)
+    assert (picks.zyx < 3).all()
+
+
+def test_memory_of_a_fine_mask_is_in_the_projection() -> None:
+    shape = (48, 300, 300)
+    volume = _volume(shape, voxel_size=25.0)
+    mask = np.zeros(shape, dtype=np.uint8)
+    mask[:, 50:250, 50:250] = 1
+    options = PickOptions(500.0, stitch="hann", batch_size=1)
+    plan = plan_blocks(volume.shape, SMALL, stitch="hann", batch_size=1, chunk=20)
+    tracemalloc.start()
+    predict(volume, Identity(), plan, store=MemoryStore(), options=options, mask=mask)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < plan.projected_bytes
 
 
 def test_windows_of_constant_fill_are_not_scored() -> None:
@@ -528,8 +561,57 @@ def test_a_foreign_store_is_not_touched(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="not a heat map"):
         _predict(_volume((30, 30, 30)), Identity(), store=tmp_path / "a.zarr")
     assert _files(tmp_path) == before
-    with pytest.raises(CheckpointError, match="holds no heat map"):
+    with pytest.raises(CheckpointError, match="not a heat map"):
         open_heatmap(tmp_path / "a.zarr")
+    with pytest.raises(CheckpointError, match="holds no heat map"):
+        open_heatmap(tmp_path / "nothing")
+    group = zarr.create_group(tmp_path / "g.zarr", zarr_format=2)
+    group.create_array("0", shape=(8,), dtype="f4")[:] = 1
+    before = _files(tmp_path)
+    with pytest.raises(CheckpointError, match="not a heat map"):
+        _predict(_volume((30, 30, 30)), Identity(), store=tmp_path / "g.zarr")
+    assert _files(tmp_path) == before
+    (tmp_path / "file").write_text("a file")
+    with pytest.raises(CheckpointError, match="is a file"):
+        _predict(_volume((30, 30, 30)), Identity(), store=tmp_path / "file")
+
+
+def test_a_run_killed_while_it_lays_out_its_store_is_taken_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    volume, store = _volume((30, 30, 30)), MemoryStore()
+    create = zarr.Group.create_array
+
+    def killed(*args: Any, **kwargs: Any) -> Any:
+        raise _Stop
+
+    monkeypatch.setattr(zarr.Group, "create_array", killed)
+    with pytest.raises(_Stop):
+        _predict(volume, Identity(), store=store)
+    monkeypatch.setattr(zarr.Group, "create_array", create)
+    assert _scores(_predict(volume, Identity(), store=store)).tobytes() == _normalised(volume).tobytes()
+
+
+def test_a_lower_threshold_reads_the_map_again_and_scores_nothing(tmp_path: Path) -> None:
+    class Lowered(Identity):
+        def score(self, batch: Any) -> Any:
+            return super().score(batch) - np.float32(1)
+
+    volume = _volume((30, 30, 30))
+    _predict(volume, Lowered(), store=tmp_path / "m")
+    again = Lowered()
+    low = PickOptions(60.0, stitch="crop", batch_size=3, threshold=-0.5)
+    heatmap = _predict(volume, again, low, store=tmp_path / "m")
+    assert again.batches == 0
+    picks = find_peaks(heatmap, threshold=-0.5, min_distance=2, refine=False)
+    expected = find_peaks(_scores(heatmap), threshold=-0.5, min_distance=2, refine=False)
+    np.testing.assert_array_equal(picks.zyx, expected.zyx)
+    assert (picks.score < heatmap.candidate_floor).any()
+
+
+def test_a_lost_receipt_is_noticed(tmp_path: Path) -> None:
+    heatmap = _predict(_volume((30, 30, 60)), Identity(), store=tmp_path / "m")
+    next((tmp_path / "m" / "receipts" / "heatmap").glob("*.json")).unlink()
+    with pytest.raises(CheckpointError, match=r"holds \d+ of its \d+ candidates"):
+        heatmap.candidates()
 
 
 def test_the_store_is_ome_zarr_on_the_working_grid(tmp_path: Path) -> None:
@@ -595,6 +677,8 @@ def test_plan_and_options_must_agree() -> None:
         {"stitch": "mean"},
         {"batch_size": 0},
         {"threshold": float("inf")},
+        {"diameter": "290"},
+        {"batch_size": 2.5},
     ],
 )
 def test_wrong_options_are_refused(wrong: Any) -> None:

@@ -5,9 +5,10 @@ from typing import TYPE_CHECKING, Any
 import mrcfile
 import numpy as np
 import pytest
+import zarr
 
 from tomocpt_stream.errors import SourceError
-from tomocpt_stream.frame import working_grid
+from tomocpt_stream.frame import Frame, working_grid
 from tomocpt_stream.mask import open_mask
 from tomocpt_stream.tomogram import Tomogram, open_tomogram
 
@@ -109,3 +110,44 @@ def test_masks_that_differ_have_other_fingerprints() -> None:
         open_mask(m, frame, grid).fingerprint for m in (_blob(SHAPE), _blob(SHAPE), other)
     )
     assert first == again != second
+
+
+def test_a_mask_over_a_coarser_level() -> None:
+    frame = Frame((10, 15, 20), 20.0, SHAPE, 10.0, level_scale=(2.0, 2.0, 2.0), level_shift=(0.5, 0.5, 0.5))
+    grid = working_grid((10, 15, 20), 20.0, 20.0)
+    inside = open_mask(_blob(SHAPE), frame, grid).inside(((0, 10), (0, 15), (0, 20)))
+    level_0 = np.floor(frame.to_file(np.argwhere(np.ones((10, 15, 20)))) + 0.5).astype(int)
+    np.testing.assert_array_equal(inside.ravel(), _blob(SHAPE)[tuple(level_0.T)])
+    odd = Frame((15, 45, 50), 20.0, (31, 90, 101), 10.0, level_scale=(2.0,) * 3, level_shift=(0.5,) * 3)
+    open_mask(np.ones((31, 90, 101)), odd, working_grid((15, 45, 50), 20.0, 20.0))
+
+
+def test_chunks_that_a_zarr_mask_does_not_store_are_outside(tmp_path: Path) -> None:
+    array = zarr.create_array(tmp_path / "m.zarr", shape=SHAPE, chunks=(8, 8, 8), dtype="uint8")
+    array[:] = _blob(SHAPE)
+    for given in (array, tmp_path / "m.zarr"):
+        mask = open_mask(given, _tomogram().frame, working_grid(SHAPE, 10.0, 10.0))
+        np.testing.assert_array_equal(mask.inside(WHOLE), _blob(SHAPE))
+
+
+def test_a_mask_opened_with_other_axes_is_refused() -> None:
+    cube = np.random.default_rng(0).normal(size=(20, 20, 20)).astype(np.float32)
+    mask = open_tomogram(cube, voxel_size=10.0)
+    turned = open_tomogram(cube, voxel_size=10.0, beam_axis="y")
+    with pytest.raises(SourceError, match="beam_axis='z'"):
+        open_mask(mask, turned.frame, working_grid(turned.shape, 10.0, 10.0))
+
+
+def test_reading_in_pieces_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    noise = np.random.default_rng(0).random((40, 60, 80)) > 0.9
+    for voxel_size in (4.0, 10.0, 23.0):
+        grid = working_grid(SHAPE, 10.0, voxel_size)
+        whole: Any = tuple((0, n) for n in grid.shape)
+        masks = []
+        for piece in (10**9, 700):
+            monkeypatch.setattr("tomocpt_stream.mask._PIECE", piece)
+            mask = open_mask(noise, _tomogram().frame, grid)
+            mask.hold(whole)
+            masks.append((mask.inside(whole), mask._held))
+        np.testing.assert_array_equal(masks[0][0], masks[1][0])
+        np.testing.assert_array_equal(masks[0][1], masks[1][1])

@@ -19,7 +19,7 @@ from zarr.storage import MemoryStore
 
 from tomocpt_stream import tiles
 from tomocpt_stream.errors import CheckpointError, PlanError, SourceError
-from tomocpt_stream.frame import working_grid
+from tomocpt_stream.frame import Frame, working_grid
 from tomocpt_stream.resample import resample_box, resample_mask
 from tomocpt_stream.tiles import whole
 from tomocpt_stream.tomogram import Tomogram, open_tomogram
@@ -207,7 +207,7 @@ def test_a_store_made_with_other_parameters_is_refused(tmp_path: Path) -> None:
         ingest(tomogram(source), tmp_path / "v", voxel_size=12.0, rule="tomocpt")
     with pytest.raises(CheckpointError, match=r"tomogram\.shape"):
         ingest(tomogram(source[:19]), tmp_path / "v", voxel_size=12.0)
-    with pytest.raises(CheckpointError, match=r"tomogram\.sample"):
+    with pytest.raises(CheckpointError, match=r"tomogram\.sha256"):
         ingest(tomogram(source + 1), tmp_path / "v", voxel_size=12.0)
     assert tree(tmp_path / "v") == before
     assert ingest(tomogram(source), tmp_path / "v", voxel_size=12).voxel_size == 12.0
@@ -341,9 +341,24 @@ def test_the_store_is_an_ome_zarr_group(tmp_path: Path) -> None:
     assert ours["config"]["tomogram"]["shape"] == [20, 30, 40]
 
 
+def _frame(shape: tuple[int, int, int]) -> Frame:
+    return Frame(shape, 10.0, shape, 10.0)
+
+
+def test_a_coarser_level_lies_where_its_blocks_have_their_middle() -> None:
+    frame = Frame((10, 10, 10), 20.0, (20, 20, 20), 10.0, level_scale=(2.0,) * 3, level_shift=(0.5,) * 3)
+    grid = working_grid(frame.shape, 20.0, 30.0)
+    (image,) = ome_metadata("t", grid, frame)["multiscales"]
+    scale, translation = image["datasets"][0]["coordinateTransformations"]
+    for working in ([0, 0, 0], [3, 2, 5]):
+        level_0 = frame.to_file(grid.to_source([working]))[0]
+        place = np.array(working) * scale["scale"] + translation["translation"]
+        np.testing.assert_allclose(place, level_0 * 10.0)
+
+
 def test_metadata_places_the_working_voxels_by_their_own_spacing() -> None:
     grid = working_grid((20, 31, 40), 10.0, 14.7, "tomocpt")
-    (image,) = ome_metadata("t", grid, 10.0)["multiscales"]
+    (image,) = ome_metadata("t", grid, _frame((20, 31, 40)))["multiscales"]
     scale, translation = image["datasets"][0]["coordinateTransformations"]
     index = np.array([[3.0, 5.0, 7.0]])
     placed = index * scale["scale"] + translation["translation"]

@@ -76,7 +76,14 @@ class Window:
 
     def __post_init__(self) -> None:
         """Refuse a window without a voxel of its own."""
-        shape, halo = tuple(int(n) for n in self.shape), tuple(int(n) for n in self.halo)
+        try:
+            shape, halo = tuple(int(n) for n in self.shape), tuple(int(n) for n in self.halo)
+        except (TypeError, ValueError) as error:
+            raise PlanError(
+                f"window {self.shape!r} with halo {self.halo!r}",
+                expected="three voxels each, z, y, x",
+                remedy="give two tuples of three numbers",
+            ) from error
         object.__setattr__(self, "shape", shape)
         object.__setattr__(self, "halo", halo)
         if not len(shape) == len(halo) == 3 or any(
@@ -265,7 +272,7 @@ def parse_memory(memory: int | str) -> int:
                 remedy="use one of the units B, kB, MB, GB, TB, KiB, MiB, GiB, TiB",
             )
         memory = int(float(found[1]) * _UNITS[found[2].upper()])
-    if memory <= 0:
+    if not memory > 0:  # also what is not a number
         raise PlanError(
             f"memory budget of {memory} bytes", expected="more than none", remedy="give a larger budget"
         )
@@ -408,10 +415,10 @@ def _checked(shape: Shape, stitch: Stitch, batch_size: int, chunk: int | None) -
         raise PlanError(
             f"stitch {stitch!r}", expected=f"one of {', '.join(STITCHES)}", remedy="choose one of them"
         )
-    if batch_size < 1 or (chunk is not None and chunk < 1):
+    if any(int(n) != n or n < 1 for n in (batch_size, 1 if chunk is None else chunk)):
         raise PlanError(
             f"a batch of {batch_size} windows and a chunk of {chunk} voxels",
-            expected="at least 1 of each",
+            expected="a whole number of at least 1 each",
             remedy="give positive numbers",
         )
     return _three(sizes)

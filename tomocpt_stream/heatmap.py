@@ -7,6 +7,7 @@ to `scoring.score_task`, and settles afterwards what lies at the borders of task
 from __future__ import annotations
 
 import uuid
+import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
@@ -19,7 +20,16 @@ from tomocpt_stream.mask import MaskLike, open_mask
 from tomocpt_stream.peaks import CANDIDATE, MAX_CANDIDATES, flood, scan
 from tomocpt_stream.progress import Progress, silent
 from tomocpt_stream.receipts import Receipts, StoreLike, as_store, config_hash, write_bytes
-from tomocpt_stream.scoremap import SEAMS, Heatmap, as_spans, claim_store, member, open_heatmap, pieces
+from tomocpt_stream.scoremap import (
+    SEAMS,
+    Heatmap,
+    allowed_ones,
+    as_spans,
+    claim_store,
+    member,
+    open_heatmap,
+    pieces,
+)
 from tomocpt_stream.scoring import RECEIPTS, Work, score_task
 from tomocpt_stream.volume import ATTRIBUTE
 
@@ -60,7 +70,7 @@ class PickOptions:
     """What is picked and how; lengths in Å.
 
     diameter
-        The particle's longest axis. It sets the scale, nothing else.
+        The particle's longest axis. It sets the scale, and the spacing where none is given.
     threshold
         Picks have scores strictly above it.
     min_distance
@@ -89,6 +99,8 @@ class PickOptions:
     def __post_init__(self) -> None:
         """Refuse options that make no sense."""
         lengths = (self.diameter, self.min_distance or 0.0, self.margin, self.threshold)
+        if not all(isinstance(n, int | float | np.number) for n in (*lengths, self.batch_size)):
+            raise PlanError(f"options {self}", expected="numbers, lengths in Å", remedy="give numbers")
         if (
             not np.isfinite(lengths).all()
             or self.diameter <= 0
@@ -107,10 +119,10 @@ class PickOptions:
                 expected=f"contrast {' or '.join(get_args(Contrast))}; stitch {', '.join(STITCHES)}",
                 remedy="choose one of them",
             )
-        if self.batch_size < 1:
+        if self.batch_size < 1 or int(self.batch_size) != self.batch_size:
             raise PlanError(
                 f"a batch of {self.batch_size} windows",
-                expected="at least 1",
+                expected="a whole number, at least 1",
                 remedy="give a positive number",
             )
 
@@ -145,9 +157,9 @@ def predict(  # noqa: PLR0913  (the public signature of the design)
     _check_request(volume, picker, plan, options, client)
     allowed = None if mask is None else open_mask(mask, volume.frame, volume.grid)
     negate = options.contrast != _trained_contrast(picker)
-    config = _config(volume, picker, plan, options, negate=negate, mask=allowed)
+    config = _config(volume, picker, plan, negate=negate, mask=allowed)
     target = as_store(store)
-    attributes = claim_store(target, volume, plan, config)
+    attributes = claim_store(target, volume, plan, config, floor=min(CANDIDATE_FLOOR, options.threshold))
     if "finished" in attributes:
         return open_heatmap(target)
     group = zarr.open_group(target, mode="r+")
@@ -158,7 +170,7 @@ def predict(  # noqa: PLR0913  (the public signature of the design)
         plan=plan,
         scores=member(group, "0"),
         marks=member(group, "marks") if "marks" in group else None,
-        floor=float(config["floor"]),
+        floor=float(attributes["floor"]),
         negate=negate,
         mask=allowed,
         done=frozenset(receipts.all()),
@@ -166,6 +178,8 @@ def predict(  # noqa: PLR0913  (the public signature of the design)
     with zarr.config.set({"async.concurrency": CODEC_CONCURRENCY}):
         stats = _run(work, progress)
         finished = _finish(work, receipts)
+    if allowed is not None and not finished["scored"]:
+        warnings.warn(f"the mask of {volume.name} has no voxel inside: nothing was scored", stacklevel=2)
     group.attrs.put({**group.attrs.asdict(), ATTRIBUTE: {**attributes, "finished": finished, "run": stats}})
     return open_heatmap(target)
 
@@ -181,10 +195,12 @@ def _run(work: Work, progress: Progress) -> dict[str, float]:
         progress("predict", voxels * seen // windows, voxels)
 
     progress("predict", 0, voxels)
-    totals = {"windows": 0.0, "bytes_read": 0.0, "seconds": 0.0, "forward": 0.0}
+    totals = {"windows": 0.0, "bytes_read": 0.0, "seconds": 0.0, "forward": 0.0, "candidates": 0.0}
     for task in work.plan.tasks:
         stats = score_task(task, work, report)
         totals = {key: value + stats[key] for key, value in totals.items()}
+        if totals["candidates"] > MAX_CANDIDATES:
+            raise flood(work.volume.name, int(totals["candidates"]))
     return totals
 
 
@@ -194,12 +210,7 @@ def _finish(work: Work, receipts: Receipts) -> dict[str, Any]:
     tables = [np.zeros(0, dtype=CANDIDATE)]
     for spans in _unsettled(list(done.values()), work.plan):
         found = scan(work.scores, box_of(spans), work.floor, name=work.volume.name)
-        if work.mask is not None:
-            inside = work.mask.inside(spans)
-            found = found[
-                inside[tuple(found[axis] - low for axis, (low, _) in zip("zyx", spans, strict=True))]
-            ]
-        tables.append(found)
+        tables.append(found if work.marks is None else allowed_ones(found, work.marks))
     seams = np.concatenate(tables)
     write_bytes(work.scores.store, SEAMS, seams.tobytes())
     summary = {
@@ -209,17 +220,10 @@ def _finish(work: Work, receipts: Receipts) -> dict[str, Any]:
     }
     count = len(seams) + sum(receipt["candidates"] for receipt in done.values())
     if summary["minimum"] != summary["maximum"]:
-        count += sum(_plateau(receipt, work.floor) for receipt in done.values())
+        count += sum(receipt["plateau"] for receipt in done.values())
     if count > MAX_CANDIDATES:
         raise flood(work.volume.name, count)
     return {**summary, "candidates": count}
-
-
-def _plateau(receipt: dict[str, Any], floor: float) -> int:
-    """Return the candidates of a chunk that lies in a plateau: each of its settled voxels is one."""
-    if not receipt["constant"] or receipt["maximum"] <= floor:
-        return 0
-    return int(np.prod([stop - start for start, stop in receipt["settled"]]))
 
 
 def _unsettled(receipts: Sequence[dict[str, Any]], plan: BlockPlan) -> Iterator[tuple[Span, Span, Span]]:
@@ -234,9 +238,12 @@ def _unsettled(receipts: Sequence[dict[str, Any]], plan: BlockPlan) -> Iterator[
     for write, members in groups.items():
         if len(members) == sum(1 for _ in plan.chunks_of(write)):
             settled = [as_spans(member["settled"]) for member in members]
-            joined = tuple(
-                (min(s[axis][0] for s in settled), max(s[axis][1] for s in settled)) for axis in range(3)
-            )
+            # An empty span lies where its chunk begins, not where the settled voxels of others end.
+            some = [s for s in settled if all(start < stop for start, stop in s)]
+            joined = [
+                (min(s[axis][0] for s in some), max(s[axis][1] for s in some)) if some else (0, 0)
+                for axis in range(3)
+            ]
             pairs = [(write, as_spans(joined))]
         else:
             pairs = [(as_spans(member["chunk"]), as_spans(member["settled"])) for member in members]
@@ -294,7 +301,7 @@ def _trained_contrast(picker: Scorer) -> str:
 
 
 def _config(
-    volume: Volume, picker: Scorer, plan: BlockPlan, options: PickOptions, *, negate: bool, mask: Mask | None
+    volume: Volume, picker: Scorer, plan: BlockPlan, *, negate: bool, mask: Mask | None
 ) -> dict[str, Any]:
     """Return everything that a map depends on."""
     return {
@@ -310,5 +317,4 @@ def _config(
         "normalisation": "clip((x - p50) / (p95 - p5), -3, 3)",
         "negate": negate,
         "mask": None if mask is None else config_hash(mask.fingerprint),
-        "floor": float(min(CANDIDATE_FLOOR, options.threshold)),
     }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -20,6 +19,8 @@ if TYPE_CHECKING:
 
 MaskLike: TypeAlias = str | Path | Tomogram | Any
 
+# Mask voxels read at a time: 16 MB as float32.
+_PIECE = 4_000_000
 # How far the mask's extent (Å) may differ from the tomogram's.
 _EXTENT = 0.01
 
@@ -27,47 +28,66 @@ _EXTENT = 0.01
 class Mask:
     """A mask over a tomogram, asked in voxels of the working grid; voxels other than 0 are inside.
 
-    A working voxel is inside where the mask voxel nearest (by Å) to its nearest source voxel is.
+    A pick may lie in a working voxel where the mask voxel nearest (by Å) to its nearest source voxel
+    is inside. A window is scored where any mask voxel that it spans is: a thin mask between working
+    voxels loses no window. The mask is read in pieces, whatever its own voxel size.
     """
 
     def __init__(self, tomogram: Tomogram, frame: Frame, grid: Grid, voxel_size: float) -> None:
         self._tomogram = tomogram
-        self._index = [_nearest(axis, grid, frame, tomogram.shape[axis], voxel_size) for axis in range(3)]
+        self._index = [_nearest(axis, grid, frame, tomogram, voxel_size) for axis in range(3)]
         self._origin: tuple[int, int, int] = (0, 0, 0)
         self._held = np.zeros((0, 0, 0), dtype=bool)
         self.fingerprint: dict[str, Any] = {**tomogram.fingerprint, "voxel_size": voxel_size}
 
     def hold(self, spans: tuple[Span, Span, Span]) -> None:
-        """Read the mask over a box of working voxels and keep it until the next call."""
-        z, y, x = self._covering(spans)
-        self._origin = (z.start, y.start, x.start)
-        self._held = self._read((z, y, x))
+        """Read which working voxels of a box span mask voxels, and keep it until the next call."""
+        self._origin = (spans[0][0], spans[1][0], spans[2][0])
+        self._held = self._marks(spans, spanned=True)
 
     def holds_any(self, spans: tuple[Span, Span, Span]) -> bool:
-        """Return whether the mask has a voxel in a box of working voxels inside the box held."""
-        z, y, x = (
-            slice(part.start - low, part.stop - low)
-            for part, low in zip(self._covering(spans), self._origin, strict=True)
-        )
+        """Return whether a box of working voxels, inside the box held, spans a mask voxel."""
+        z, y, x = (slice(a - low, b - low) for (a, b), low in zip(spans, self._origin, strict=True))
         return bool(self._held[z, y, x].any())
 
     def inside(self, spans: tuple[Span, Span, Span]) -> npt.NDArray[np.bool_]:
-        """Return which voxels of a box of the working grid are inside the mask."""
-        box = self._covering(spans)
-        z, y, x = (
-            axis[start:stop] - part.start
-            for axis, (start, stop), part in zip(self._index, spans, box, strict=True)
-        )
-        marks: npt.NDArray[np.bool_] = self._read(box)[np.ix_(z, y, x)]
+        """Return in which voxels of a box of the working grid a pick may lie."""
+        return self._marks(spans, spanned=False)
+
+    def _marks(self, spans: tuple[Span, Span, Span], *, spanned: bool) -> npt.NDArray[np.bool_]:
+        """Return one mark a working voxel: its own mask voxel, or any up to the next working voxel's."""
+        marks = np.zeros(tuple(stop - start for start, stop in spans), dtype=bool)
+        z, y, x = (axis[start:stop] for axis, (start, stop) in zip(self._index, spans, strict=True))
+        ends = [self._end(axis, stop, spanned=spanned) for axis, (_, stop) in enumerate(spans)]
+        section = (slice(int(y[0]), ends[1]), slice(int(x[0]), ends[2]))
+        deepest = max(1, _PIECE // ((ends[1] - int(y[0])) * (ends[2] - int(x[0]))))
+        first = 0
+        while first < len(z):
+            last = first + 1
+            while last < len(z) and self._plane_end(z, last, ends[0]) - int(z[first]) <= deepest:
+                last += 1
+            voxels = self._read((slice(int(z[first]), self._plane_end(z, last - 1, ends[0])), *section))
+            rows = z[first:last] - z[first], y - y[0], x - x[0]
+            if spanned:
+                for axis in (2, 1, 0):
+                    voxels = np.logical_or.reduceat(voxels, rows[axis], axis=axis)
+                marks[first:last] = voxels
+            else:
+                marks[first:last] = voxels[np.ix_(*rows)]
+            first = last
         return marks
 
-    def _covering(self, spans: tuple[Span, Span, Span]) -> Box:
-        """Return the mask voxels between those of the first and the last working voxel of a box."""
-        z, y, x = (
-            slice(int(axis[start]), int(axis[stop - 1]) + 1)
-            for axis, (start, stop) in zip(self._index, spans, strict=True)
-        )
-        return (z, y, x)
+    def _end(self, axis: int, stop: int, *, spanned: bool) -> int:
+        """Return where the mask voxels of the working voxels before `stop` end."""
+        index = self._index[axis]
+        if not spanned:
+            return int(index[stop - 1]) + 1
+        following = int(index[stop]) if stop < len(index) else self._tomogram.shape[axis]
+        return max(following, int(index[stop - 1]) + 1)
+
+    @staticmethod
+    def _plane_end(z: npt.NDArray[np.intp], k: int, end: int) -> int:
+        return end if k + 1 >= len(z) else max(int(z[k + 1]), int(z[k]) + 1)
 
     def _read(self, box: Box) -> npt.NDArray[np.bool_]:
         voxels = self._tomogram.read(box)
@@ -85,28 +105,35 @@ def open_mask(mask: MaskLike, frame: Frame, grid: Grid) -> Mask:
     """Open a mask (path, zarr array, numpy array or Tomogram, in the file's axes) over a tomogram.
 
     A mask of the file's own shape lies on its voxels whatever its header says. Another shape must
-    span the same extent within 1 % on every axis; its voxel size then follows from the extents, or
-    from its header where that agrees.
+    span the same extent within 1 % on every axis, by its header's voxel size or, for an array, by the
+    one that follows from its longest axis. Chunks that a zarr mask does not hold have its fill value:
+    zarr stores no chunk of zeros unless told to.
 
     Raises
     ------
     SourceError
-        Where the mask's extent differs from the tomogram's.
+        The mask's extent or axes differ from the tomogram's, or it is no volume.
     """
     tomogram = _as_tomogram(mask, frame)
-    # The mask is read in the axes of the source; extents are those of the file at level 0.
-    extent = [n * s * frame.file_voxel_size for n, s in zip(frame.shape, frame.level_scale, strict=True)]
-    same = tuple(tomogram.frame.file_shape) == tuple(frame.file_shape)
-    voxel_size = frame.file_voxel_size if same else tomogram.voxel_size
-    spans = [n * voxel_size for n in tomogram.shape]
-    if any(abs(span / whole - 1) > _EXTENT for span, whole in zip(spans, extent, strict=True)):
+    own = tomogram.frame
+    if own.beam_axis != frame.beam_axis:
         raise SourceError(
-            f"the mask {tomogram.name} of {tomogram.shape} voxels spans "
+            f"the mask {tomogram.name} is read with beam_axis={own.beam_axis!r}",
+            expected=f"beam_axis={frame.beam_axis!r}, as the tomogram",
+            remedy="open it as the tomogram was opened, or give its path",
+        )
+    if own.file_shape == frame.file_shape:
+        return Mask(tomogram, frame, grid, frame.file_voxel_size)
+    spans = [n * own.file_voxel_size for n in own.file_shape]
+    whole = [n * frame.file_voxel_size for n in frame.file_shape]
+    if any(abs(a / b - 1) > _EXTENT for a, b in zip(spans, whole, strict=True)):
+        raise SourceError(
+            f"the mask {tomogram.name} of {own.file_shape} voxels spans "
             f"{' x '.join(f'{span:.0f}' for span in spans)} Å",
-            expected=f"the tomogram's {' x '.join(f'{whole:.0f}' for whole in extent)} Å (zyx) within 1 %",
+            expected=f"the tomogram's {' x '.join(f'{span:.0f}' for span in whole)} Å (zyx) within 1 %",
             remedy="give a mask of this tomogram, or correct the voxel size in its header",
         )
-    return Mask(tomogram, frame, grid, voxel_size)
+    return Mask(tomogram, frame, grid, own.file_voxel_size)
 
 
 def _as_tomogram(mask: MaskLike, frame: Frame) -> Tomogram:
@@ -114,16 +141,17 @@ def _as_tomogram(mask: MaskLike, frame: Frame) -> Tomogram:
         return mask
     if isinstance(mask, str | Path):
         return _open_file(mask, frame)
+    shape = tuple(getattr(mask, "shape", ()))
+    if len(shape) != 3 or 0 in shape:
+        raise SourceError(
+            f"a mask of type {type(mask).__name__} and shape {shape}",
+            expected="a volume of three axes (zyx)",
+            remedy="give a file, an array or a Tomogram",
+        )
     # An array says no voxel size: the one with which it spans the tomogram along its longest axis.
     axis = int(np.argmax(frame.file_shape))
-    shape = tuple(mask.shape)
-    if len(shape) != 3:
-        raise SourceError(f"a mask of shape {shape}", expected="three axes (zyx)", remedy="give a volume")
     voxel_size = frame.file_voxel_size * frame.file_shape[axis] / shape[axis]
-    tomogram = open_tomogram(mask, voxel_size=voxel_size, name="mask", beam_axis=frame.beam_axis)
-    if isinstance(mask, np.ndarray):
-        tomogram.fingerprint["sha256"] = hashlib.sha256(np.packbits(mask != 0).tobytes()).hexdigest()
-    return tomogram
+    return open_tomogram(mask, voxel_size=voxel_size, name="mask", beam_axis=frame.beam_axis, missing="fill")
 
 
 def _open_file(path: str | Path, frame: Frame) -> Tomogram:
@@ -131,16 +159,19 @@ def _open_file(path: str | Path, frame: Frame) -> Tomogram:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a mask's header often says 1 Å; its extent is checked instead
         try:
-            return open_tomogram(path, beam_axis=frame.beam_axis)
+            return open_tomogram(path, beam_axis=frame.beam_axis, missing="fill")
         except SourceError:
-            return open_tomogram(path, beam_axis=frame.beam_axis, voxel_size=frame.file_voxel_size)
+            voxel_size = frame.file_voxel_size
+            return open_tomogram(path, beam_axis=frame.beam_axis, missing="fill", voxel_size=voxel_size)
 
 
-def _nearest(axis: int, grid: Grid, frame: Frame, length: int, voxel_size: float) -> npt.NDArray[np.intp]:
-    """Return the mask voxel of every working voxel of an axis."""
+def _nearest(axis: int, grid: Grid, frame: Frame, mask: Tomogram, voxel_size: float) -> npt.NDArray[np.intp]:
+    """Return the mask voxel of every working voxel of an axis, by way of the file and Å."""
     working = np.zeros((grid.shape[axis], 3))
     working[:, axis] = np.arange(grid.shape[axis])
-    source = np.floor(grid.to_source(working)[:, axis] + 0.5).clip(0, frame.shape[axis] - 1)
-    angstrom = (source * frame.level_scale[axis] + frame.level_shift[axis]) * frame.file_voxel_size
-    nearest: npt.NDArray[np.intp] = np.floor(angstrom / voxel_size + 0.5).clip(0, length - 1).astype(np.intp)
+    source = np.zeros_like(working)
+    source[:, axis] = np.floor(grid.to_source(working)[:, axis] + 0.5).clip(0, frame.shape[axis] - 1)
+    angstrom = frame.to_file(source) * frame.file_voxel_size
+    place = mask.frame.to_source(angstrom / voxel_size)[:, axis]
+    nearest: npt.NDArray[np.intp] = np.floor(place + 0.5).clip(0, mask.shape[axis] - 1).astype(np.intp)
     return nearest

@@ -12,7 +12,7 @@ import numpy as np
 
 from tomocpt_stream.blocks import BlockPlan, plan_blocks
 from tomocpt_stream.frame import Grid, working_grid
-from tomocpt_stream.heatmap import CANDIDATE_FLOOR, PickOptions, Scorer, predict
+from tomocpt_stream.heatmap import PickOptions, Scorer, predict
 from tomocpt_stream.mask import MaskLike, open_mask
 from tomocpt_stream.peaks import find_peaks
 from tomocpt_stream.progress import Progress, silent
@@ -71,7 +71,8 @@ def pick(  # noqa: PLR0913  (the public signature of the design)
             client=client,
             progress=progress,
         )
-        spacing = min_distance(options) / grid.voxel_size
+        # Rounded, so that a whole number of voxels stays one: a pick at exactly the distance is kept.
+        spacing = round(min_distance(options) / grid.voxel_size, 9)
         picks = find_peaks(heatmap, threshold=options.threshold, min_distance=spacing)
     return inside(picks, tomogram, options.margin)
 
@@ -142,7 +143,6 @@ def _map_name(
         "stitch": options.stitch,
         "tta": options.tta,
         "batch_size": options.batch_size,
-        "floor": min(CANDIDATE_FLOOR, options.threshold),
         "mask": None if mask is None else open_mask(mask, tomogram.frame, grid).fingerprint,
     }
     return f"heatmap-{config_hash(asked)[:12]}.zarr"

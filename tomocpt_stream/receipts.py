@@ -18,6 +18,8 @@ from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
 from zarr.storage import LocalStore
 
+from tomocpt_stream.errors import CheckpointError
+
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
@@ -28,7 +30,16 @@ PREFIX = "receipts"
 
 def as_store(store: StoreLike) -> Store:
     """Return a zarr store: a path becomes a local one, a store stays what it is."""
-    return store if isinstance(store, Store) else LocalStore(Path(store))
+    if isinstance(store, Store):
+        return store
+    path = Path(store)
+    if path.exists() and not path.is_dir():
+        raise CheckpointError(
+            f"{path} is a file",
+            expected="a folder, or a place where nothing is yet",
+            remedy="give another path",
+        )
+    return LocalStore(path)
 
 
 def config_hash(config: dict[str, Any]) -> str:
@@ -62,6 +73,12 @@ def read_json(store: Store, key: str) -> dict[str, Any] | None:
     """Return the JSON object stored at `key`, or None where there is none."""
     data = read_bytes(store, key)
     return None if data is None else dict(json.loads(data))
+
+
+def holds_objects(store: Store) -> bool:
+    """Return whether a store holds any object, but for what a killed writer left behind."""
+    keys = sync(_collect(store.list_prefix("")))
+    return any(not key.endswith(".partial") for key in keys)
 
 
 def read_bytes(store: Store, key: str) -> bytes | None:

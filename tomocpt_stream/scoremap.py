@@ -10,6 +10,7 @@ budget goes on under another.
 
 from __future__ import annotations
 
+import json
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +23,16 @@ from tomocpt_stream.blocks import box_of
 from tomocpt_stream.errors import CheckpointError
 from tomocpt_stream.frame import Frame, Grid
 from tomocpt_stream.peaks import CANDIDATE, MAX_CANDIDATES, flood, order, scan
-from tomocpt_stream.receipts import Receipts, StoreLike, as_store, config_hash, read_bytes
-from tomocpt_stream.scoring import ALLOWED, RECEIPTS
+from tomocpt_stream.receipts import (
+    Receipts,
+    StoreLike,
+    as_store,
+    config_hash,
+    holds_objects,
+    read_bytes,
+    read_json,
+)
+from tomocpt_stream.scoring import ALLOWED, RECEIPTS, SCORED
 from tomocpt_stream.volume import ATTRIBUTE, ome_metadata
 
 if TYPE_CHECKING:
@@ -55,6 +64,7 @@ class Heatmap:
         self.grid = Grid.from_json(attributes["grid"])
         self.config: dict[str, Any] = attributes["config"]
         self.finished: dict[str, Any] = attributes["finished"]
+        self._floor = float(attributes["floor"])
 
     def __reduce__(self) -> tuple[object, ...]:
         return (open_heatmap, (self.store,))
@@ -85,7 +95,7 @@ class Heatmap:
     @property
     def candidate_floor(self) -> float:
         """The score above which candidates are stored; below it the map is read again."""
-        return float(self.config["floor"])
+        return self._floor
 
     @property
     def scored_voxels(self) -> int:
@@ -124,10 +134,20 @@ class Heatmap:
                         scan(self.array, box_of(receipt["settled"]), self.candidate_floor, name=self.name)
                     )
                 )
-        return order(np.concatenate(tables), self.shape)
+        table = np.concatenate(tables)
+        if len(table) != self.finished["candidates"]:
+            raise CheckpointError(
+                f"the map of {self.name} holds {len(table)} of its {self.finished['candidates']} candidates",
+                expected="every object that was stored",
+                remedy="delete the store and predict again",
+            )
+        return order(table, self.shape)
 
     def scan(self, threshold: float) -> npt.NDArray[np.void]:
-        """Return the local maxima above any threshold by reading the map again, best first."""
+        """Return the local maxima above any threshold by reading the map again, best first.
+
+        Of a constant map these are all voxels; `find_peaks` takes none of them.
+        """
         tables, count = [], 0
         for spans in pieces(tuple((0, n) for n in self.shape), self.array.chunks):
             tables.append(self._allowed(scan(self.array, box_of(spans), threshold, name=self.name)))
@@ -147,12 +167,7 @@ class Heatmap:
         return np.frombuffer(data, dtype=CANDIDATE)
 
     def _allowed(self, found: npt.NDArray[np.void]) -> npt.NDArray[np.void]:
-        if self.marks is None or not len(found):
-            return found
-        points = tuple(np.asarray(found[axis], dtype=np.intp) for axis in "zyx")
-        marks = np.asarray(self.marks.get_coordinate_selection(points))
-        allowed: npt.NDArray[np.void] = found[(marks & ALLOWED) != 0]
-        return allowed
+        return found if self.marks is None else allowed_ones(found, self.marks)
 
 
 def open_heatmap(store: StoreLike) -> Heatmap:
@@ -175,25 +190,24 @@ def open_heatmap(store: StoreLike) -> Heatmap:
     return Heatmap(target, attributes)
 
 
-def claim_store(store: Store, volume: Volume, plan: BlockPlan, config: dict[str, Any]) -> dict[str, Any]:
-    """Lay out an empty store, or return the attributes of one laid out for the same map."""
-    found = _attributes(store)
-    if found is not None:
-        theirs = found["config"]
-        differing = sorted(key for key in {*theirs, *config} if theirs.get(key) != config.get(key))
-        if differing:
-            raise CheckpointError(
-                f"the store holds a heat map of {found['name']} with another {', '.join(differing)}",
-                expected="an empty store, or one of the same map",
-                remedy="give another store, or delete this one",
-            )
+def allowed_ones(found: npt.NDArray[np.void], marks: zarr.Array[Any]) -> npt.NDArray[np.void]:
+    """Return the candidates that lie in voxels that were scored and where picks are allowed."""
+    if not len(found):
         return found
-    if _holds_something(store):
-        raise CheckpointError(
-            f"{store} holds something that is not a heat map",
-            expected="an empty store",
-            remedy="give another store; nothing in it was touched",
-        )
+    points = tuple(np.asarray(found[axis], dtype=np.intp) for axis in "zyx")
+    there = np.asarray(marks.get_coordinate_selection(points))
+    allowed: npt.NDArray[np.void] = found[there == SCORED | ALLOWED]
+    return allowed
+
+
+def claim_store(
+    store: Store, volume: Volume, plan: BlockPlan, config: dict[str, Any], *, floor: float
+) -> dict[str, Any]:
+    """Lay out an empty store, or return the attributes of one laid out for the same map.
+
+    The attributes come with the group, the arrays after it: a store that was claimed can be taken up
+    wherever its claimant was killed. `floor`, above which candidates are kept, is the first run's.
+    """
     attributes = {
         "kind": "heatmap",
         "name": volume.name,
@@ -201,18 +215,36 @@ def claim_store(store: Store, volume: Volume, plan: BlockPlan, config: dict[str,
         "grid": volume.grid.to_json(),
         "config": config,
         "hash": config_hash(config),
+        "floor": float(floor),
     }
-    ome = ome_metadata(volume.name, volume.grid, volume.source_voxel_size)
-    group = zarr.create_group(store, zarr_format=3)
+    wanted: dict[str, Any] = json.loads(json.dumps(attributes))  # tuples become lists, as they are stored
+    there = _attributes(store)
+    if there is None:
+        claim: dict[str, Any] = {
+            "ome": ome_metadata(volume.name, volume.grid, volume.frame),
+            ATTRIBUTE: wanted,
+        }
+        group = zarr.create_group(store, zarr_format=3, attributes=claim)
+        there = wanted
+    else:
+        theirs, ours = there["config"], wanted["config"]
+        differing = sorted(key for key in {*theirs, *ours} if theirs.get(key) != ours.get(key))
+        if differing:
+            raise CheckpointError(
+                f"the store holds a heat map of {there['name']} with another {', '.join(differing)}",
+                expected="an empty store, or one of the same map",
+                remedy="give another store, or delete this one",
+            )
+        group = zarr.open_group(store, mode="r+", zarr_format=3)
     _create(group, "0", plan, "float32", np.nan)  # a chunk that is lost is read as NaN, never as zeros
     if config["mask"] is not None or volume.fill is not None:
         _create(group, "marks", plan, "uint8", 0)
-    claim: dict[str, Any] = {"ome": ome, ATTRIBUTE: attributes}
-    group.attrs.put(claim)  # last: a store without it was never claimed
-    return attributes
+    return there
 
 
 def _create(group: zarr.Group, name: str, plan: BlockPlan, dtype: str, fill_value: float) -> None:
+    if name in group:
+        return
     group.create_array(
         name,
         shape=plan.shape,
@@ -222,27 +254,25 @@ def _create(group: zarr.Group, name: str, plan: BlockPlan, dtype: str, fill_valu
         compressors=BloscCodec(cname="zstd", clevel=1, shuffle="shuffle"),
         dimension_names=("z", "y", "x"),
         config={"write_empty_chunks": True},
-        overwrite=True,
     )
 
 
 def _attributes(store: Store) -> dict[str, Any] | None:
-    """Return what a heat map's group says of itself, or None where the store holds none."""
-    try:
-        group = zarr.open_group(store, mode="r")
-    except (FileNotFoundError, ValueError, KeyError):
+    """Return what a store says of its map; None where it holds nothing at all.
+
+    Raises CheckpointError for a store of something else: nothing in it may be touched.
+    """
+    found = read_json(store, "zarr.json")
+    if found is None and not holds_objects(store):
         return None
-    found = group.attrs.asdict().get(ATTRIBUTE)
-    return dict(found) if isinstance(found, dict) and found.get("kind") == "heatmap" else None
-
-
-def _holds_something(store: Store) -> bool:
-    """Return whether a store has a group of somebody else's: one with attributes, or an array."""
-    try:
-        node = zarr.open(store, mode="r")
-    except (FileNotFoundError, ValueError, KeyError):
-        return False
-    return isinstance(node, zarr.Array) or bool(node.attrs.asdict())
+    ours = {} if found is None else found.get("attributes", {}).get(ATTRIBUTE, {})
+    if ours.get("kind") != "heatmap":
+        raise CheckpointError(
+            f"{store} holds something that is not a heat map",
+            expected="an empty store, or one that `predict` wrote",
+            remedy="give another store; nothing in this one was touched",
+        )
+    return dict(ours)
 
 
 def member(group: zarr.Group, name: str) -> zarr.Array[Any]:

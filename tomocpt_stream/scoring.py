@@ -7,6 +7,7 @@ follow from the lattice alone, its receipt is put after its data, and the first 
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ import numpy as np
 
 from tomocpt_stream.blocks import NEIGHBOURHOOD, box_of, spans_of
 from tomocpt_stream.errors import SourceError
-from tomocpt_stream.peaks import CANDIDATE, REACH, scan_block
+from tomocpt_stream.peaks import CANDIDATE, MAX_CANDIDATES, REACH, flood, scan_block
 from tomocpt_stream.receipts import Receipts, write_bytes
 from tomocpt_stream.stitch import Stitcher
 from tomocpt_stream.windows import Rows
@@ -90,7 +91,7 @@ class Batches:
 
     def _score_views(self) -> npt.NDArray[np.float32]:
         """Return the mean over the identity and a flip of each axis."""
-        total = self._score(self._voxels).copy()
+        total = self._score(self._voxels.copy()).copy()  # a picker may write to what it is given
         for axis in (1, 2, 3):
             flipped = np.ascontiguousarray(np.flip(self._voxels, axis))
             total += np.flip(self._score(flipped), axis)
@@ -122,6 +123,7 @@ def score_task(task: Task, work: Work, report: Callable[[int], None]) -> dict[st
         "bytes_read": 0,
         "seconds": 0.0,
         "forward": 0.0,
+        "candidates": 0,
     }
     if todo is None:
         report(len(task.windows))
@@ -146,6 +148,7 @@ def score_task(task: Task, work: Work, report: Callable[[int], None]) -> dict[st
         if layers.is_due(row):
             batches.flush()
             layers.finish(row)
+            stats["candidates"] = layers.candidates
         report(xs[1] - xs[0])  # the last of a row count when what the row completes is stored
     stats |= {
         "bytes_read": rows.bytes_read,
@@ -172,6 +175,7 @@ class _Layers:
         step, (start, stop) = work.plan.chunk[0], task.write_spans[0]
         self._left = [(z, min(z + step, stop)) for z in range(start, stop, step)]
         self._receipts = Receipts(work.scores.store, RECEIPTS)
+        self.candidates = 0
 
     def is_due(self, row: int) -> bool:
         """Return whether the next layer's planes, and those its peaks look at, are complete."""
@@ -193,6 +197,18 @@ class _Layers:
                     self._store(key, spans_of(box), block, origin)
             self._stitcher.release(layer[1] - NEIGHBOURHOOD)
 
+    def _mark(self, chunk: tuple[Span, Span, Span]) -> npt.NDArray[np.uint8] | None:
+        """Store and return the marks of a chunk; None where every voxel is scored and allowed."""
+        if self._work.marks is None:
+            return None
+        marks = self._stitcher.scored(chunk) * np.uint8(SCORED)
+        if self._work.mask is None:
+            marks |= np.uint8(ALLOWED)
+        else:
+            marks |= self._work.mask.inside(chunk) * np.uint8(ALLOWED)
+        self._work.marks[box_of(chunk)] = marks
+        return marks
+
     def _store(
         self, key: str, chunk: tuple[Span, Span, Span], block: npt.NDArray[np.float32], origin: Index
     ) -> None:
@@ -207,14 +223,7 @@ class _Layers:
                 remedy="check the picker on a smaller volume",
             )
         work.scores[box_of(chunk)] = scores
-        allowed = None if work.mask is None else work.mask.inside(chunk)
-        scored = scores.size
-        if work.marks is not None:
-            marks = self._stitcher.scored(chunk)
-            scored = int(marks.sum())
-            work.marks[box_of(chunk)] = marks * np.uint8(SCORED) + (
-                np.uint8(ALLOWED) if allowed is None else allowed * np.uint8(ALLOWED)
-            )
+        marks = self._mark(chunk)
         around, corner = _around(block, origin, chunk)
         settled = _settled(chunk, corner, around.shape, work.plan.shape)
         constant = bool(around.min() == around.max())
@@ -223,10 +232,12 @@ class _Layers:
             found = scan_block(
                 around, corner, box_of(settled), work.plan.shape, work.floor, name=work.volume.name
             )
-        if allowed is not None:
-            found = found[
-                allowed[tuple(found[axis] - start for axis, (start, _) in zip("zyx", chunk, strict=True))]
-            ]
+        if marks is not None:
+            place = tuple(found[axis] - start for axis, (start, _) in zip("zyx", chunk, strict=True))
+            found = found[marks[place] == SCORED | ALLOWED]
+        self.candidates += len(found)
+        if self.candidates > MAX_CANDIDATES:
+            raise flood(work.volume.name, self.candidates)
         write_bytes(work.scores.store, f"candidates/{key}", found.tobytes())
         self._receipts.put(
             key,
@@ -234,14 +245,25 @@ class _Layers:
                 "sha256": hashlib.sha256(scores.tobytes()).hexdigest(),
                 "minimum": low,
                 "maximum": high,
-                "scored": scored,
+                "scored": scores.size if marks is None else int(np.count_nonzero(marks & SCORED)),
                 "candidates": len(found),
                 "constant": constant,
+                "plateau": _plateau(marks, chunk, settled) if constant and high > work.floor else 0,
                 "chunk": chunk,
                 "settled": settled,
                 "write": self._task.write_spans,
             },
         )
+
+
+def _plateau(
+    marks: npt.NDArray[np.uint8] | None, chunk: tuple[Span, Span, Span], settled: tuple[Span, Span, Span]
+) -> int:
+    """Return how many settled voxels of a chunk of one score may be picked: each is a candidate."""
+    if marks is None:
+        return math.prod(stop - start for start, stop in settled)
+    inside = tuple(slice(a - low, b - low) for (a, b), (low, _) in zip(settled, chunk, strict=True))
+    return int(np.count_nonzero(marks[inside] == SCORED | ALLOWED))
 
 
 def _around(

@@ -14,7 +14,7 @@ import json
 import math
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -121,7 +121,7 @@ def ingest(
     target = as_store(store)
     group, attributes = _claim(target, tomogram, grid, rule, voxel_size)
     if "percentiles" in attributes:
-        return open_volume(target)
+        return replace(open_volume(target), name=tomogram.name)
     source = CheckedSource(tomogram)
     fill = settle_fill(group, source, rule, progress)
     array = volume_array(group, "0", grid.shape, "float32")
@@ -171,15 +171,18 @@ def open_volume(store: StoreLike) -> Volume:
     )
 
 
-def ome_metadata(name: str, grid: Grid, source_voxel_size: float) -> dict[str, Any]:
-    """Return the OME-Zarr 0.5 metadata of an array "0" on the working grid, in Å of the source.
+def ome_metadata(name: str, grid: Grid, frame: Frame) -> dict[str, Any]:
+    """Return the OME-Zarr 0.5 metadata of an array "0" on the working grid, in Å of the source's axes.
 
-    Scale t and translation (t - v) / 2 per axis: the faces of working grid and source coincide.
+    Scale t and translation (t - v) / 2 per axis: the faces of working grid and source coincide. A
+    source that is a coarser level of its file lies level_shift level-0 voxels further on.
     """
+    source_voxel_size = frame.voxel_size
     spacing = [scale * source_voxel_size for scale in grid.scale]
     if all(math.isclose(t, grid.voxel_size, rel_tol=1e-12) for t in spacing):
         spacing = [grid.voxel_size] * 3  # the same numbers without the rounding of t / v * v
-    shift = [(t - source_voxel_size) / 2 for t in spacing]
+    levels = [shift * frame.file_voxel_size for shift in frame.level_shift]
+    shift = [(t - source_voxel_size) / 2 + level for t, level in zip(spacing, levels, strict=True)]
     transformations = [{"type": "scale", "scale": spacing}, {"type": "translation", "translation": shift}]
     axes = [{"name": axis, "type": "space", "unit": "angstrom"} for axis in "zyx"]
     datasets = [{"path": "0", "coordinateTransformations": transformations}]
@@ -226,7 +229,7 @@ def _claim(
     wanted: dict[str, Any] = json.loads(json.dumps(attributes))  # tuples become lists, as they are stored
     there = _attributes(store)
     if there is None:
-        ome = ome_metadata(tomogram.name, grid, tomogram.voxel_size)
+        ome = ome_metadata(tomogram.name, grid, tomogram.frame)
         group = zarr.create_group(store, zarr_format=3, attributes={"ome": ome, ATTRIBUTE: wanted})
         return group, wanted
     differences = _differences(there["config"], wanted["config"])

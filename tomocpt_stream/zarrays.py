@@ -153,8 +153,8 @@ class ZarrVoxels:
     def identity(self) -> dict[str, Any]:
         """Return plain data that change when the array does.
 
-        A hash of the metadata; then, on a disk, number, bytes and newest time of the objects, and
-        elsewhere a hash of the voxels in the middle.
+        A hash of the metadata; then, on a disk, number, bytes and newest time of the objects; in
+        memory a hash of all voxels, and elsewhere of those in the middle.
         """
         text = json.dumps(self.array.metadata.to_dict(), sort_keys=True, default=str)
         marks: dict[str, Any] = {"metadata": hashlib.sha256(text.encode()).hexdigest()}
@@ -164,6 +164,12 @@ class ZarrVoxels:
             marks["objects"] = len(states)
             marks["bytes"] = sum(state.st_size for state in states)
             marks["mtime_ns"] = max(state.st_mtime_ns for state in states)
+        elif isinstance(self._stored, MemoryStore):
+            digest = hashlib.sha256()
+            for start in range(0, self.shape[0], self.chunks[0]):
+                planes = slice(start, min(self.shape[0], start + self.chunks[0]))
+                digest.update(self.read((planes, slice(0, self.shape[1]), slice(0, self.shape[2]))).tobytes())
+            marks["sha256"] = digest.hexdigest()
         else:
             edges = [(max(0, n // 2 - SAMPLE_EDGE // 2), n) for n in self.shape]
             z, y, x = (slice(start, min(n, start + SAMPLE_EDGE)) for start, n in edges)
