@@ -48,9 +48,10 @@ def least(run: Callable[[], object], repeats: int) -> float:
 
 
 def held_bytes(architecture: dict[str, Any]) -> int:
-    network, voxels = place(build_network(architecture), CPU).eval(), torch.zeros(1, 1, EDGE, EDGE, EDGE)
-    with torch.profiler.profile(profile_memory=True) as profile, torch.inference_mode():
-        network(voxels)
+    picker = Picker(build_network(architecture), picker_metadata(architecture, window=Window()))
+    batch = np.zeros((1, EDGE, EDGE, EDGE), dtype=np.float32)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        picker.score(batch)
     changes = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     live = np.cumsum([event.nbytes() for event in sorted(changes, key=lambda event: event.start_ns())])
     return int(live.max())

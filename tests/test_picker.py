@@ -109,6 +109,18 @@ def test_bfloat16_is_close_and_is_told_in_the_numerics(saved: Path) -> None:
     assert not np.array_equal(scores, exact)
 
 
+@pytest.mark.parametrize("size", [1, 2])
+def test_stated_bytes_cover_the_tensors_of_a_score(size: int) -> None:
+    picker = Picker(build_network(TINY), picker_metadata(TINY, window=Window()))
+    batch = np.zeros((size, 64, 64, 64), dtype=np.float32)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        picker.score(batch)
+    changes = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    live = np.cumsum([event.nbytes() for event in sorted(changes, key=lambda event: event.start_ns())])
+    stated = size * picker.bytes_per_window
+    assert 0.5 * stated < live.max() <= stated
+
+
 @pytest.mark.parametrize(
     "batch",
     [

@@ -42,7 +42,7 @@ _LAST_BIAS = "out.conv.conv.bias"
 _KEYS = frozenset(ARCHITECTURES["paper"])
 
 # Bytes at the peak of one inference, per feature channel and voxel of the window; see `bytes_per_window`.
-_FEATURE_MAPS = 7.0
+_FEATURE_MAPS = 10.0
 _ATTENTION_MAPS = 3.0
 
 
@@ -115,10 +115,11 @@ def shift_answers(network: nn.Module, logits: float) -> None:
 def bytes_per_window(architecture: Mapping[str, Any], shape: Sequence[int]) -> int:
     """Return the bytes that one window of `shape` voxels needs at the peak of an inference, float32.
 
-    The full-resolution decoder holds a fixed number of maps of feature_size channels; the attention of
-    the first stage, at half resolution, a fixed number of matrices (tokens x window³ x heads), with the
-    grid padded up to whole attention windows. The larger of both, plus the output and its sigmoid.
-    The two numbers are measured (benchmarks/bench_network.py) and rounded up.
+    The full-resolution decoder holds a fixed number of maps of feature_size channels: 7.5 in tensors,
+    9.3 in resident memory with what oneDNN and the allocator keep at a batch of four, 10 taken here. The
+    attention of the first stage, at half resolution, holds 2.7 matrices (tokens x window³ x heads, the
+    grid padded up to whole attention windows), 3 taken here. The larger of both, plus input and scores.
+    Measured by benchmarks/bench_network.py.
     """
     voxels = math.prod(shape)
     window = architecture["window"]
