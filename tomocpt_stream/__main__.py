@@ -389,9 +389,9 @@ def simulate_command(output: Path, seed: int, particles: tuple[str, ...], **sett
     metavar="FILE.safetensors",
     help="The trained picker.",
 )
-@click.option("--steps", type=click.IntRange(min=1), default=6000, help="Steps of the optimiser.")
+@click.option("--steps", type=click.IntRange(min=1), default=3000, help="Steps of the optimiser.")
 @click.option(
-    "--tomograms", type=click.IntRange(min=1), default=300, help="Simulated tomograms to learn from."
+    "--tomograms", type=click.IntRange(min=1), default=200, help="Simulated tomograms to learn from."
 )
 @click.option(
     "--validation", type=click.IntRange(min=1), default=12, help="More of them, to choose the best by."
