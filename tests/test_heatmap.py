@@ -296,6 +296,20 @@ def test_tta_is_the_mean_over_three_flips() -> None:
     )
 
 
+def test_a_picker_may_write_to_its_batch() -> None:
+    class Careless(PlaceDependent):
+        def score(self, batch: Any) -> Any:
+            scores = super().score(batch)
+            batch[:] = 7
+            return scores
+
+    volume = _volume((20, 33, 36))
+    for tta in (False, True):
+        options = PickOptions(60.0, stitch="crop", batch_size=3, tta=tta)
+        maps = [_scores(_predict(volume, picker, options)) for picker in (PlaceDependent(), Careless())]
+        np.testing.assert_array_equal(*maps)
+
+
 # --- masks and fill -------------------------------------------------------------------------------
 
 

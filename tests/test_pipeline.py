@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from tests.blobs import BlobPicker, NamedBlobPicker, blobs, nearest
 from tests.cuts import budget
+from tests.scorers import Identity
 from tomocpt_stream import pipeline
 from tomocpt_stream.errors import PlanError
 from tomocpt_stream.heatmap import PickOptions, open_heatmap
@@ -150,6 +151,15 @@ def test_the_default_spacing_is_three_quarters_of_the_diameter() -> None:
     pair = tomogram(blobs(SHAPE, [[15, 20, 20], [15, 20, 27]]))
     assert len(pick(pair, BlobPicker(), PickOptions(diameter=80, min_distance=60))) == 2
     assert len(pick(pair, BlobPicker(), PickOptions(diameter=80, min_distance=80))) == 1
+
+
+@pytest.mark.parametrize("diameter", [82.0, 87.0, 164.0, 290.0])
+def test_a_pick_at_exactly_the_spacing_is_kept(diameter: float) -> None:
+    voxels = np.random.default_rng(0).normal(scale=0.01, size=(20, 30, 30)).astype(np.float32)
+    voxels[10, 10, 5] = voxels[10, 10, 20] = 9.0  # 0.75 diameter = 15 voxels apart
+    picker = Identity(radius=10.0)
+    options = PickOptions(diameter, threshold=2.0, stitch="crop")
+    assert len(pick(tomogram(voxels, voxel_size=diameter / 20), picker, options)) == 2
 
 
 def test_a_temporary_scratch_is_removed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -417,6 +417,12 @@ def test_fingerprints_follow_files_and_arrays(tmp_path: Path) -> None:
     one, other = (open_tomogram(volume, voxel_size=3).fingerprint for volume in (TRUTH, TRUTH + 1))
     assert one != other
     assert one == open_tomogram(np.asfortranarray(TRUTH), voxel_size=3).fingerprint
+    large = np.ones((70, 70, 70), dtype=np.float32)  # zarr stores no chunk of zeros
+    edited = large.copy()
+    edited[35, 35, 36] = 2
+    for kind in (np.asarray, lambda array: zarr.array(array, chunks=(32, 32, 32))):
+        marks = [open_tomogram(kind(array), voxel_size=3).fingerprint for array in (large, edited)]
+        assert marks[0] != marks[1]
 
 
 def test_two_lazy_arrays_of_different_files_do_not_mix(tmp_path: Path) -> None:

@@ -197,6 +197,12 @@ def test_a_finished_store_is_returned_at_once(tmp_path: Path, monkeypatch: pytes
     assert open_volume(tmp_path / "v").frame == tomogram(source).frame
 
 
+def test_a_finished_store_answers_by_the_name_that_is_asked_for(tmp_path: Path) -> None:
+    for name in ("A", "B"):
+        source = open_tomogram(noise((20, 30, 40)), voxel_size=10.0, name=name)
+        assert ingest(source, tmp_path / "v", voxel_size=12.0).name == name
+
+
 def test_a_store_made_with_other_parameters_is_refused(tmp_path: Path) -> None:
     source = noise((20, 30, 40))
     ingest(tomogram(source), tmp_path / "v", voxel_size=12.0)

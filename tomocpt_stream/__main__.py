@@ -285,7 +285,9 @@ def inspect_command(source: str, diameter: float | None, output: Path | None, **
     With --diameter: the working voxel size, the plan in windows, passes per voxel and bytes, and a
     PNG of the central slice with a circle of that size.
     """
-    tomogram = _open(source, settings["voxel_size"], settings["beam_axis"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the remarks say it again
+        tomogram = _open(source, settings["voxel_size"], settings["beam_axis"])
     for line in fact_lines(tomogram.describe()):
         click.echo(line)
     for remark in tomogram.remarks():
