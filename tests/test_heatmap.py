@@ -154,6 +154,28 @@ def test_the_answer_does_not_depend_on_the_cut(
         assert picks[0].score.tobytes() == picks[1].score.tobytes()
 
 
+@pytest.mark.parametrize("chunk", [3, 4])
+@pytest.mark.parametrize("share", [0.3, 0.6])
+def test_chunks_thinner_than_a_peaks_neighbourhood_lose_no_candidate(chunk: int, share: float) -> None:
+    shape, window = (8, 20, 20), Window((8, 8, 8), (2, 2, 2))
+    volume, picker = _volume(shape), Identity(window)
+    memory = budget(shape, window, share, stitch="crop", chunk=chunk, batch_size=3)
+    heatmap = _predict(volume, picker, memory=memory, chunk=chunk)
+    assert heatmap.candidate_table().tobytes() == heatmap.scan(heatmap.candidate_floor).tobytes()
+
+
+def test_a_short_batch_is_padded_with_zeros() -> None:
+    class Recorder(Identity):
+        def score(self, batch: Any) -> Any:
+            self.last = batch.copy()
+            return super().score(batch)
+
+    picker = Recorder()
+    _predict(_volume((20, 20, 20)), picker)  # 2 x 2 x 2 windows in batches of 3
+    assert picker.last[:2].any(axis=(1, 2, 3)).all()
+    assert not picker.last[2].any()
+
+
 def test_budgets_really_cut_differently() -> None:
     shape = (45, 60, 60)
     tasks = {
