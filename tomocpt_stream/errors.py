@@ -6,8 +6,11 @@ from __future__ import annotations
 class ActionableError(Exception):
     """Base of every error of the package; `found`, `expected` and `remedy` are whole phrases.
 
-    The message reads "<found>; expected <expected>; <remedy>".
+    The message reads "<found>; expected <expected>; <remedy>". `final`: neither trying again nor going
+    on with other tasks can help.
     """
+
+    final = False
 
     def __init__(self, found: str, *, expected: str, remedy: str) -> None:
         super().__init__(f"{found}; expected {expected}; {remedy}")
@@ -28,12 +31,26 @@ class SourceError(ActionableError, ValueError):
     """A tomogram or mask that cannot be read, or whose voxels cannot be used."""
 
 
+class FloodError(SourceError):
+    """A map with so many candidates that it cannot be one of centroids."""
+
+    final = True
+
+
 class PlanError(ActionableError, ValueError):
     """A plan that does not fit its memory budget, its volume or its options."""
+
+    final = True
 
 
 class CheckpointError(ActionableError, ValueError):
     """A picker file, or a store of an earlier run, that does not fit what was asked for."""
+
+
+class DuplicateError(CheckpointError):
+    """Two runs of one task that ended with different bytes."""
+
+    final = True
 
 
 class FormatError(ActionableError, ValueError):
