@@ -8,10 +8,12 @@ first one stays, whoever comes second.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from zarr.abc.store import Store
 from zarr.core.buffer import default_buffer_prototype
@@ -21,11 +23,15 @@ from zarr.storage import LocalStore
 from tomocpt_stream.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 
 StoreLike = str | Path | Store
+Result = TypeVar("Result")
 
 PREFIX = "receipts"
+QUESTIONS = 32  # whether an object is there: asked at once
+READS = 64  # receipts under way at once
+BATCH = 1024  # receipts held at once, about a kB each
 
 
 def as_store(store: StoreLike) -> Store:
@@ -54,31 +60,69 @@ class Receipts:
         self._store = store
         self._prefix = f"{PREFIX}/{kind}"
 
+    def names(self) -> set[str]:
+        """Return the keys of all objects that have a receipt, from one listing; none is read."""
+        listed = sync(_collect(self._store.list_prefix(f"{self._prefix}/")))
+        first, last = len(self._prefix) + 1, -len(".json")
+        return {
+            name[first:last] for name in listed if name.endswith(".json")
+        }  # a killed writer leaves *.partial
+
+    def present(self, keys: Sequence[str]) -> set[str]:
+        """Return those of `keys` that have a receipt; nothing is listed, however full the store is."""
+        found = sync(_together(self._store.exists, [self._name(key) for key in keys], QUESTIONS))
+        return {key for key, there in zip(keys, found, strict=True) if there}
+
+    def get(self, key: str) -> dict[str, Any] | None:
+        """Return the receipt of object `key`, or None where it has none."""
+        return read_json(self._store, self._name(key))
+
+    def each(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Yield every object's key and receipt, sorted by key.
+
+        Many are read at once and only a batch of them is held: an object store that takes 50 ms to
+        answer gives 10^5 of them in minutes.
+        """
+        keys = sorted(self.names())
+        for key, data in read_each(self._store, map(self._name, keys)):
+            if data is not None:  # None: deleted since it was listed
+                yield key[len(self._prefix) + 1 : -len(".json")], _as_json(key, data)
+
     def all(self) -> dict[str, dict[str, Any]]:
-        """Return every receipt by its object's key."""
-        keys = sync(_collect(self._store.list_prefix(f"{self._prefix}/")))
-        names = [key for key in keys if key.endswith(".json")]  # a killed writer leaves *.partial
-        found = {name[len(self._prefix) + 1 : -len(".json")]: read_json(self._store, name) for name in names}
-        return {key: receipt for key, receipt in sorted(found.items()) if receipt is not None}
+        """Return every receipt by its object's key, in the order of the keys."""
+        return dict(self.each())
 
     def put(self, key: str, receipt: dict[str, Any]) -> dict[str, Any]:
         """Store the receipt of object `key` unless it has one; return the receipt that is stored."""
-        name = f"{self._prefix}/{key}.json"
+        name = self._name(key)
         data = default_buffer_prototype().buffer.from_bytes(json.dumps(receipt, sort_keys=True).encode())
         sync(self._store.set_if_not_exists(name, data))
         return read_json(self._store, name) or receipt
+
+    def _name(self, key: str) -> str:
+        return f"{self._prefix}/{key}.json"
 
 
 def read_json(store: Store, key: str) -> dict[str, Any] | None:
     """Return the JSON object stored at `key`, or None where there is none."""
     data = read_bytes(store, key)
-    return None if data is None else dict(json.loads(data))
+    return None if data is None else _as_json(key, data)
+
+
+def _as_json(key: str, data: bytes) -> dict[str, Any]:
+    try:
+        return dict(json.loads(data))
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(
+            f"the object {key} of the store is no JSON ({len(data)} bytes: {error})",
+            expected="a whole JSON object",
+            remedy="delete that object and run again",
+        ) from error
 
 
 def holds_objects(store: Store) -> bool:
     """Return whether a store holds any object, but for what a killed writer left behind."""
-    keys = sync(_collect(store.list_prefix("")))
-    return any(not key.endswith(".partial") for key in keys)
+    return sync(_any_whole(store.list_prefix("")))
 
 
 def read_bytes(store: Store, key: str) -> bytes | None:
@@ -87,9 +131,41 @@ def read_bytes(store: Store, key: str) -> bytes | None:
     return None if found is None else found.to_bytes()
 
 
+def read_each(store: Store, keys: Iterable[str]) -> Iterator[tuple[str, bytes | None]]:
+    """Yield keys in their order, each with the bytes stored there or None; many are read at once."""
+
+    async def read(key: str) -> bytes | None:
+        found = await store.get(key, default_buffer_prototype())
+        return None if found is None else found.to_bytes()
+
+    source = iter(keys)
+    while batch := list(islice(source, BATCH)):
+        yield from zip(batch, sync(_together(read, batch, READS)), strict=True)
+
+
 def write_bytes(store: Store, key: str, data: bytes) -> None:
     """Store `data` at `key`, whole or not at all."""
     sync(store.set(key, default_buffer_prototype().buffer.from_bytes(data)))
+
+
+async def _together(
+    action: Callable[[str], Awaitable[Result]], keys: Sequence[str], most: int
+) -> list[Result]:
+    """Return what `action` returns for each key, with at most `most` of them under way."""
+    free = asyncio.Semaphore(most)
+
+    async def one(key: str) -> Result:
+        async with free:
+            return await action(key)
+
+    return await asyncio.gather(*map(one, keys))
+
+
+async def _any_whole(names: AsyncIterator[str]) -> bool:
+    async for name in names:
+        if not name.endswith(".partial"):
+            return True
+    return False
 
 
 async def _collect(items: AsyncIterator[str]) -> list[str]:
