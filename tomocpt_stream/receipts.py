@@ -62,11 +62,10 @@ class Receipts:
 
     def names(self) -> set[str]:
         """Return the keys of all objects that have a receipt, from one listing; none is read."""
-        listed = sync(_collect(self._store.list_prefix(f"{self._prefix}/")))
         first, last = len(self._prefix) + 1, -len(".json")
-        return {
-            name[first:last] for name in listed if name.endswith(".json")
-        }  # a killed writer leaves *.partial
+        listed = sync(_collect(self._store.list_prefix(f"{self._prefix}/")))
+        whole = (name for name in listed if name.endswith(".json"))  # a killed writer leaves *.partial
+        return {name[first:last] for name in whole}
 
     def present(self, keys: Sequence[str]) -> set[str]:
         """Return those of `keys` that have a receipt; nothing is listed, however full the store is."""
@@ -118,6 +117,18 @@ def _as_json(key: str, data: bytes) -> dict[str, Any]:
             expected="a whole JSON object",
             remedy="delete that object and run again",
         ) from error
+
+
+def claim_group(store: Store, attributes: dict[str, Any]) -> None:
+    """Make the root of a store a zarr group with these attributes, unless there is one.
+
+    Of several processes that claim one store at once the first wins: read back what is stored. This
+    holds for stores whose `set_if_not_exists` is atomic: those of zarr on disks, in memory and over
+    obstore, not the one over fsspec.
+    """
+    node = {"attributes": attributes, "zarr_format": 3, "node_type": "group"}
+    data = default_buffer_prototype().buffer.from_bytes(json.dumps(node, indent=2).encode())
+    sync(store.set_if_not_exists("zarr.json", data))
 
 
 def holds_objects(store: Store) -> bool:

@@ -11,6 +11,7 @@ budget goes on under another.
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ import numpy as np
 import pandas as pd
 import zarr
 from zarr.codecs import BloscCodec
+from zarr.errors import ContainsArrayError
 
 from tomocpt_stream.blocks import box_of
 from tomocpt_stream.errors import CheckpointError
@@ -27,6 +29,7 @@ from tomocpt_stream.receipts import (
     Receipts,
     StoreLike,
     as_store,
+    claim_group,
     config_hash,
     holds_objects,
     read_bytes,
@@ -220,22 +223,18 @@ def claim_store(
     wanted: dict[str, Any] = json.loads(json.dumps(attributes))  # tuples become lists, as they are stored
     there = _attributes(store)
     if there is None:
-        claim: dict[str, Any] = {
-            "ome": ome_metadata(volume.name, volume.grid, volume.frame),
-            ATTRIBUTE: wanted,
-        }
-        group = zarr.create_group(store, zarr_format=3, attributes=claim)
-        there = wanted
-    else:
-        theirs, ours = there["config"], wanted["config"]
-        differing = sorted(key for key in {*theirs, *ours} if theirs.get(key) != ours.get(key))
-        if differing:
-            raise CheckpointError(
-                f"the store holds a heat map of {there['name']} with another {', '.join(differing)}",
-                expected="an empty store, or one of the same map",
-                remedy="give another store, or delete this one",
-            )
-        group = zarr.open_group(store, mode="r+", zarr_format=3)
+        ome = ome_metadata(volume.name, volume.grid, volume.frame)
+        claim_group(store, {"ome": ome, ATTRIBUTE: wanted})
+        there = _attributes(store) or wanted  # another process may have claimed it first
+    theirs, ours = there["config"], wanted["config"]
+    differing = sorted(key for key in {*theirs, *ours} if theirs.get(key) != ours.get(key))
+    if differing:
+        raise CheckpointError(
+            f"the store holds a heat map of {there['name']} with another {', '.join(differing)}",
+            expected="an empty store, or one of the same map",
+            remedy="give another store, or delete this one",
+        )
+    group = zarr.open_group(store, mode="r+", zarr_format=3)
     _create(group, "0", plan, "float32", np.nan)  # a chunk that is lost is read as NaN, never as zeros
     if config["mask"] is not None or volume.fill is not None:
         _create(group, "marks", plan, "uint8", 0)
@@ -243,18 +242,17 @@ def claim_store(
 
 
 def _create(group: zarr.Group, name: str, plan: BlockPlan, dtype: str, fill_value: float) -> None:
-    if name in group:
-        return
-    group.create_array(
-        name,
-        shape=plan.shape,
-        chunks=plan.chunk,
-        dtype=dtype,
-        fill_value=fill_value,
-        compressors=BloscCodec(cname="zstd", clevel=1, shuffle="shuffle"),
-        dimension_names=("z", "y", "x"),
-        config={"write_empty_chunks": True},
-    )
+    with suppress(ContainsArrayError):  # of an earlier run, or of one that lays out the same map now
+        group.create_array(
+            name,
+            shape=plan.shape,
+            chunks=plan.chunk,
+            dtype=dtype,
+            fill_value=fill_value,
+            compressors=BloscCodec(cname="zstd", clevel=1, shuffle="shuffle"),
+            dimension_names=("z", "y", "x"),
+            config={"write_empty_chunks": True},
+        )
 
 
 def _attributes(store: Store) -> dict[str, Any] | None:
@@ -263,8 +261,10 @@ def _attributes(store: Store) -> dict[str, Any] | None:
     Raises CheckpointError for a store of something else: nothing in it may be touched.
     """
     found = read_json(store, "zarr.json")
-    if found is None and not holds_objects(store):
-        return None
+    if found is None:
+        if not holds_objects(store):
+            return None
+        found = read_json(store, "zarr.json")  # what it holds may have come since, from another claimant
     ours = {} if found is None else found.get("attributes", {}).get(ATTRIBUTE, {})
     if ours.get("kind") != "heatmap":
         raise CheckpointError(

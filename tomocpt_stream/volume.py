@@ -25,7 +25,7 @@ from tomocpt_stream.errors import CheckpointError, PlanError
 from tomocpt_stream.frame import RULES, Frame, Grid, Rule, working_grid
 from tomocpt_stream.ingestion import CheckedSource, Ingestion, settle_fill, settle_percentiles, volume_array
 from tomocpt_stream.progress import Progress, silent
-from tomocpt_stream.receipts import Receipts, as_store, config_hash, read_json
+from tomocpt_stream.receipts import Receipts, as_store, claim_group, config_hash, read_json
 from tomocpt_stream.tiles import CHUNK
 
 if TYPE_CHECKING:
@@ -230,8 +230,8 @@ def _claim(
     there = _attributes(store)
     if there is None:
         ome = ome_metadata(tomogram.name, grid, tomogram.frame)
-        group = zarr.create_group(store, zarr_format=3, attributes={"ome": ome, ATTRIBUTE: wanted})
-        return group, wanted
+        claim_group(store, {"ome": ome, ATTRIBUTE: wanted})
+        there = _attributes(store) or wanted  # another process may have claimed it first
     differences = _differences(there["config"], wanted["config"])
     if differences:
         raise CheckpointError(
