@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageSequence
 
 from tests.mrc_writer import mrc_header, write_mrc
-from tomocpt_stream.errors import SourceError
+from tomocpt_stream.errors import BrokenSourceError, SourceError
 from tomocpt_stream.mrc import HEADER_BYTES, IMOD_STAMP, MrcFile, parse_header
 
 if TYPE_CHECKING:
@@ -344,11 +344,25 @@ def test_a_file_that_shrinks_or_goes_after_opening_is_an_error(tmp_path: Path) -
     path = write_mrc(tmp_path / "a.mrc", ramp())
     file = MrcFile(path)
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(SourceError, match="cut short meanwhile"):
+    with pytest.raises(BrokenSourceError, match="cut short meanwhile"):
         file.read(ALL)
     path.unlink()
-    with pytest.raises(SourceError, match="sections 0 to 6"):
+    with pytest.raises(BrokenSourceError, match="sections 0 to 6"):
         file.read(ALL)
+
+
+def test_a_disk_that_fails_may_do_better_at_the_next_try(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = MrcFile(write_mrc(tmp_path / "a.mrc", ramp()))
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(np, "memmap", fail)
+    with pytest.raises(SourceError, match="Input/output error") as caught:
+        file.read(ALL)
+    assert not caught.value.final
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from tests.mrc_writer import write_mrc
 from tests.test_omezarr import binned, scale, translation, write_image
-from tomocpt_stream.errors import SourceError
+from tomocpt_stream.errors import BrokenSourceError, SourceError
 from tomocpt_stream.frame import turn
 from tomocpt_stream.tomogram import open_tomogram
 
@@ -445,6 +445,31 @@ def test_a_file_travels_by_its_address(tmp_path: Path) -> None:
     )
     said = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True)
     assert np.float32(said.stdout) == volume[3, 5, 7]
+
+
+@pytest.mark.parametrize("kind", SOURCES)
+def test_a_tomogram_that_travels_says_where_it_is_not(tmp_path: Path, kind: str) -> None:
+    folder = tmp_path / "here"
+    folder.mkdir()
+    tomogram = open_tomogram(SOURCES[kind](folder), voxel_size=10, missing="fill")
+    assert tomogram.travels == (kind not in ("numpy", "dask", "zarr in memory"))
+    if tomogram.travels:
+        parcel = pickle.dumps(tomogram)
+        pickle.loads(parcel).confirm()
+        folder.rename(tmp_path / "elsewhere")
+        with pytest.raises(
+            BrokenSourceError, match=r"finds no .*expected .* that all machines share"
+        ) as caught:
+            pickle.loads(parcel).confirm()
+        assert caught.value.final
+
+
+def test_a_file_that_was_cut_meanwhile_is_another(tmp_path: Path) -> None:
+    path = write_mrc(tmp_path / "a.mrc", TRUTH)
+    tomogram = open_tomogram(path)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(BrokenSourceError, match=r"finds a file of 3399 bytes .* expected the file of 3400"):
+        tomogram.confirm()
 
 
 @pytest.mark.parametrize("kind", SOURCES)

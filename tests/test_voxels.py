@@ -2,18 +2,20 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import dask.array as da
 import numpy as np
 import pytest
 import zarr
-from zarr.storage import MemoryStore
+from zarr.storage import FsspecStore, LocalStore, LoggingStore, MemoryStore, ObjectStore, ZipStore
 
 from tests.test_tomogram import TRUTH, whole
 from tomocpt_stream.errors import SourceError
 from tomocpt_stream.tomogram import open_tomogram
-from tomocpt_stream.voxels import planes
+from tomocpt_stream.voxels import is_shared, planes
+from tomocpt_stream.zarrays import CheckedStore
 
 
 def test_whole_planes_up_to_32_mb_read_best() -> None:
@@ -84,6 +86,31 @@ def test_opening_reads_no_voxel_of_any_array(monkeypatch: pytest.MonkeyPatch) ->
     assert keys == []
     whole(tomogram)
     assert keys == ["c/0/0/0"]
+
+
+def test_arrays_in_memory_do_not_travel(tmp_path: Path) -> None:
+    stored = zarr.create_array(tmp_path / "a.zarr", shape=(4, 4, 4), dtype="f4")
+    in_memory = zarr.create_array(MemoryStore(), shape=(4, 4, 4), dtype="f4")
+    for source in (np.zeros((4, 4, 4)), da.from_zarr(stored), in_memory):
+        tomogram = open_tomogram(source, voxel_size=3)
+        assert not tomogram.travels
+        tomogram.confirm()
+    for source in (stored, tmp_path / "a.zarr"):
+        assert open_tomogram(source, voxel_size=3).travels
+
+
+def test_stores_that_other_processes_see(tmp_path: Path) -> None:
+    assert is_shared(LocalStore(tmp_path))
+    assert is_shared(CheckedStore(LocalStore(tmp_path), "a", "error", blosc=False))
+    assert is_shared(ZipStore(tmp_path / "a.zip", mode="w"))
+    assert is_shared(FsspecStore.from_url(f"file://{tmp_path}"))
+    assert not is_shared(LocalStore(Path("a")))  # workers have working directories of their own
+    assert not is_shared(MemoryStore())
+    assert not is_shared(CheckedStore(LoggingStore(MemoryStore()), "a", "error", blosc=False))
+    assert not is_shared(FsspecStore.from_url("memory://a"))
+    obstore = pytest.importorskip("obstore.store")
+    assert not is_shared(ObjectStore(obstore.MemoryStore()))
+    assert is_shared(ObjectStore(obstore.LocalStore(tmp_path)))
 
 
 def test_arrays_are_opened_without_importing_dask() -> None:

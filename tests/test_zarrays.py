@@ -23,7 +23,7 @@ from zarr.codecs import (
 )
 from zarr.storage import LocalStore, MemoryStore
 
-from tomocpt_stream.errors import SourceError
+from tomocpt_stream.errors import BrokenSourceError, SourceError
 from tomocpt_stream.zarrays import ZarrVoxels, address_of
 
 if TYPE_CHECKING:
@@ -144,7 +144,7 @@ def test_a_missing_object_is_an_error_or_the_fill_value(tmp_path: Path, layout: 
     rest = voxels(array).read((slice(0, 20), slice(8, 18), slice(0, 17)))
     np.testing.assert_array_equal(rest, TRUTH[:, 8:])
     key = array.metadata.encode_chunk_key((1, 0, 2))
-    with pytest.raises(SourceError, match=f'has no object {key}; .*pass missing="fill"'):
+    with pytest.raises(BrokenSourceError, match=f'has no object {key}; .*pass missing="fill"'):
         voxels(array).read(ALL)
     expected = TRUTH.copy()
     expected[gone] = 7

@@ -31,6 +31,12 @@ class SourceError(ActionableError, ValueError):
     """A tomogram or mask that cannot be read, or whose voxels cannot be used."""
 
 
+class BrokenSourceError(SourceError):
+    """A source that the next try will find as it is: gone, incomplete, or with voxels of no use."""
+
+    final = True
+
+
 class FloodError(SourceError):
     """A map with so many candidates that it cannot be one of centroids."""
 

@@ -12,6 +12,7 @@ import bz2
 import gzip
 import math
 import shutil
+import socket
 import struct
 import tempfile
 import threading
@@ -25,7 +26,7 @@ from typing import IO, TYPE_CHECKING, Any, Literal, cast
 import numpy as np
 import numpy.typing as npt
 
-from tomocpt_stream.errors import SourceError
+from tomocpt_stream.errors import BrokenSourceError, SourceError
 from tomocpt_stream.voxels import planes
 
 if TYPE_CHECKING:
@@ -324,6 +325,11 @@ class MrcFile:
         z, y, x = self.header.order
         return (best[z], best[y], best[x])
 
+    @property
+    def travels(self) -> bool:
+        """True: path and header are all that is pickled."""
+        return True
+
     def read(self, box: Box) -> npt.NDArray[np.float32]:
         """Return the voxels of a box (z, y, x) as a float32 array of its own."""
         order = self.header.order
@@ -352,6 +358,19 @@ class MrcFile:
     def identity(self) -> dict[str, Any]:
         """Return what tells this file from another of the same name."""
         return {"bytes": self.file_bytes, "mtime_ns": self.mtime_ns}
+
+    def confirm(self) -> None:
+        """Raise a SourceError where no file of the same length has this path on this machine."""
+        try:
+            found = f"a file of {self.path.stat().st_size} bytes"
+        except OSError as error:
+            found = f"no file ({error})"
+        if found != f"a file of {self.file_bytes} bytes":
+            raise BrokenSourceError(
+                f"{socket.gethostname()} finds {found} at {self.path}",
+                expected=f"the file of {self.file_bytes} bytes that was opened",
+                remedy="put it on a file system that all machines share, and leave it as it is until the end",
+            )
 
     def remarks(self) -> list[str]:
         """Return what a careful reader of the header would want to know."""
@@ -393,7 +412,8 @@ class MrcFile:
         except (OSError, ValueError) as error:
             if isinstance(error, SourceError):
                 raise
-            raise SourceError(
+            gone = isinstance(error, FileNotFoundError | ValueError)  # a file cut short is a ValueError
+            raise (BrokenSourceError if gone else SourceError)(
                 f"sections {start} to {stop} of {self.path} cannot be read ({error})",
                 expected=f"the {self.header.data_bytes} bytes of voxels that were there when it was opened",
                 remedy="check that the file was not moved, replaced or cut short meanwhile",
@@ -430,7 +450,7 @@ def _head(path: Path) -> tuple[str, bytes]:
 def _check_length(path: Path, header: MrcHeader, found: int) -> None:
     needed = header.data_offset + header.data_bytes
     if found < needed:
-        raise SourceError(
+        raise BrokenSourceError(
             f"{path} is truncated: it holds {found} bytes",
             expected=f"{needed} bytes: {' x '.join(map(str, header.file_shape[::-1]))} voxels of mode"
             f" {header.mode} after {header.data_offset} bytes of header",
@@ -448,7 +468,7 @@ def _unpack(path: Path, compression: str, header: MrcHeader) -> IO[bytes]:
         _check_length(path, header, target.tell())
     except (OSError, EOFError, zlib.error) as error:
         target.close()
-        raise SourceError(
+        raise BrokenSourceError(  # a second try would take as long
             f"{path} cannot be unpacked ({error})",
             expected=f"{header.data_offset + header.data_bytes} bytes of {compression}-compressed MRC file",
             remedy=f"copy the file again, or make room in the temporary folder {tempfile.gettempdir()}",

@@ -90,6 +90,16 @@ class Tomogram:
         z, y, x = self._voxels.chunks
         return (y, z, x) if self.frame.beam_axis == "y" else (z, y, x)
 
+    @property
+    def voxels(self) -> Voxels:
+        """The voxels in the axes of the file."""
+        return self._voxels
+
+    @property
+    def travels(self) -> bool:
+        """Whether pickling takes the address along and no voxel, so that any process can read for itself."""
+        return self._voxels.travels
+
     @cached_property
     def fingerprint(self) -> dict[str, Any]:
         """Plain data that are equal only for the same voxels read in the same way."""
@@ -123,6 +133,14 @@ class Tomogram:
         depth = self._voxels.shape[0]
         found = self._voxels.read((slice(depth - y.stop, depth - y.start), z, x))
         return np.ascontiguousarray(found[::-1].transpose(1, 0, 2))
+
+    def confirm(self) -> None:
+        """Raise a SourceError where the source is not here as it was when it was opened.
+
+        For a process that a tomogram has travelled to: a folder that it does not see looks like one
+        whose chunks are all absent.
+        """
+        self._voxels.confirm()
 
     def to_dask(self) -> da.Array:
         """Return a float32 dask array whose blocks (`chunks`) are read when they are computed."""

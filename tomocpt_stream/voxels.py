@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+from zarr.storage import LocalStore, MemoryStore, WrapperStore
 
 from tomocpt_stream.errors import SourceError
 
 if TYPE_CHECKING:
     import dask.array as da  # noqa: TID251
+    from zarr.abc.store import Store
 
     from tomocpt_stream.frame import Box, Shape
 
@@ -34,6 +36,10 @@ class Voxels(Protocol):
     def chunks(self) -> Shape:
         """The box that reads best; a hint."""
 
+    @property
+    def travels(self) -> bool:
+        """Whether pickling takes the address along and no voxel."""
+
     def read(self, box: Box) -> npt.NDArray[np.float32]:
         """Return the voxels of a box inside the volume as a C-contiguous array of its own."""
 
@@ -43,8 +49,23 @@ class Voxels(Protocol):
     def identity(self) -> dict[str, Any]:
         """Return plain data that change when the voxels do."""
 
+    def confirm(self) -> None:
+        """Raise a SourceError where the source is not here as it was when it was opened."""
+
     def remarks(self) -> list[str]:
         """Return what had to be assumed, a sentence each."""
+
+
+def is_shared(store: Store) -> bool:
+    """Return whether another process that unpickles a zarr store finds the same objects in it."""
+    while isinstance(store, WrapperStore):
+        store = store._store
+    if isinstance(store, LocalStore):
+        return store.root.is_absolute()
+    # The stores over obstore and fsspec may lie in memory too.
+    protocol = getattr(getattr(store, "fs", None), "protocol", "")
+    in_memory = "memory" in protocol or type(getattr(store, "store", None)).__name__ == "MemoryStore"
+    return not (isinstance(store, MemoryStore) or in_memory)
 
 
 def planes(shape: Shape) -> Shape:
@@ -91,6 +112,11 @@ class ArrayVoxels:
         """Whole planes."""
         return planes(self.shape)
 
+    @property
+    def travels(self) -> bool:
+        """False: the voxels, or a graph that may hold them, are in memory."""
+        return False
+
     def read(self, box: Box) -> npt.NDArray[np.float32]:
         """Return the voxels of a box (z, y, x) as a float32 array of its own."""
         return as_float32(self.array[box])
@@ -112,6 +138,9 @@ class ArrayVoxels:
         for plane in range(self.shape[0]):
             digest.update(np.ascontiguousarray(self.array[plane]).tobytes())
         return {"sha256": digest.hexdigest()}
+
+    def confirm(self) -> None:
+        """Do nothing: the array is here."""
 
     def remarks(self) -> list[str]:
         """Return nothing: nothing had to be assumed."""

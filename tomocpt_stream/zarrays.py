@@ -11,6 +11,7 @@ import hashlib
 import itertools
 import json
 import math
+import socket
 from typing import TYPE_CHECKING, Any, Literal
 
 import numcodecs
@@ -23,8 +24,8 @@ from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
 from zarr.storage import LocalStore, MemoryStore, StorePath, WrapperStore
 
-from tomocpt_stream.errors import SourceError
-from tomocpt_stream.voxels import SAMPLE_EDGE, as_float32
+from tomocpt_stream.errors import BrokenSourceError, SourceError
+from tomocpt_stream.voxels import SAMPLE_EDGE, as_float32, is_shared
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -78,9 +79,9 @@ class CheckedStore(WrapperStore[Store]):
         return found
 
 
-def absent(address: str, what: str) -> SourceError:
+def absent(address: str, what: str) -> BrokenSourceError:
     """Return the error for stored objects that are not there."""
-    return SourceError(
+    return BrokenSourceError(
         f"{address} has no object {what}",
         expected="every chunk of the array to be stored",
         remedy='copy the array again, or pass missing="fill" to read absent chunks as the fill value'
@@ -118,6 +119,11 @@ class ZarrVoxels:
         sizes = self._objects if whole else self.array.chunks
         z, y, x = (min(sizes[axis], self.array.shape[axis]) for axis in self.order)
         return (z, y, x)
+
+    @property
+    def travels(self) -> bool:
+        """Whether the store is one that other processes see."""
+        return is_shared(self._stored)
 
     def read(self, box: Box) -> npt.NDArray[np.float32]:
         """Return the voxels of a box (z, y, x) as a float32 array of its own."""
@@ -175,6 +181,17 @@ class ZarrVoxels:
             z, y, x = (slice(start, min(n, start + SAMPLE_EDGE)) for start, n in edges)
             marks["sample"] = hashlib.sha256(self.read((z, y, x)).tobytes()).hexdigest()
         return marks
+
+    def confirm(self) -> None:
+        """Raise a SourceError where the store holds no array: all its chunks would be absent ones."""
+        name = "zarr.json" if self.array.metadata.zarr_format == 3 else ".zarray"
+        key = f"{self.array.path}/{name}" if self.array.path else name
+        if sync(self._stored.get(key, default_buffer_prototype())) is None:
+            raise BrokenSourceError(
+                f"{socket.gethostname()} finds no array at {self.address}",
+                expected="a source that every worker sees under the same address",
+                remedy="put it on a file system or an object store that all machines share",
+            )
 
     def remarks(self) -> list[str]:
         """Return nothing: zarr metadata leave no room for guesses."""
