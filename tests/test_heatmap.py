@@ -675,8 +675,15 @@ def test_a_lost_chunk_is_never_read_as_zeros(tmp_path: Path) -> None:
     chunks = sorted(p for p in (tmp_path / "m.zarr" / "0" / "c").rglob("*") if p.is_file())
     assert len(chunks) == 2 * 2 * 3  # those that are all zero are stored too
     chunks[-1].unlink()
-    assert np.isnan(_scores(heatmap)).any()
-    with pytest.raises(SourceError, match="NaN"):
+    with pytest.raises(CheckpointError, match=r"m\.zarr has lost its object 0/c/1/1/2; .* delete this store"):
+        find_peaks(heatmap, threshold=0.0, min_distance=3)
+    chunks[-1].write_bytes(whole[:-1])
+    with pytest.raises(CheckpointError, match="0/c/1/1/2 that is cut short"):
+        _scores(heatmap)
+    chunks[-1].write_bytes(whole)
+    assert np.isfinite(_scores(heatmap)).all()
+    (tmp_path / "m.zarr" / "marks" / "c" / "0" / "0" / "0").unlink()
+    with pytest.raises(CheckpointError, match="lost its object marks/c/0/0/0"):  # not: no pick may lie there
         find_peaks(heatmap, threshold=0.0, min_distance=3)
 
 
@@ -696,6 +703,7 @@ def test_plan_and_options_must_agree() -> None:
             volume,
             Identity(),
             plan,
+    whole = chunks[-1].read_bytes()
             store=MemoryStore(),
             options=PickOptions(60.0, stitch="crop"),
             client=object(),

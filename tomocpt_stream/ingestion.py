@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import threading
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import zarr
 from zarr.codecs import BloscCodec
+from zarr.errors import ContainsArrayError
 
 from tomocpt_stream.errors import CheckpointError, SourceError
 from tomocpt_stream.fill import BOX, Fill, find_fill
@@ -24,6 +25,7 @@ from tomocpt_stream.frame import Grid, Rule
 from tomocpt_stream.percentiles import exact_percentiles
 from tomocpt_stream.receipts import Receipts
 from tomocpt_stream.resample import resample_box, resample_mask
+from tomocpt_stream.stored import checked
 from tomocpt_stream.tiles import (
     BLOCK_BYTES,
     CHUNK,
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
     from tomocpt_stream.frame import Box, Shape
     from tomocpt_stream.progress import Progress
     from tomocpt_stream.tomogram import Tomogram
+    from tomocpt_stream.zarrays import Missing
 
 Floats = npt.NDArray[np.float32]
 
@@ -157,12 +160,6 @@ class Ingestion:
 
     def _kept(self, box: Box) -> Floats:
         voxels = np.asarray(self.array[box], dtype=np.float32)
-        if np.isnan(voxels.min()):
-            raise CheckpointError(
-                f"{self.array.store_path} has lost a chunk in {box}",
-                expected="every chunk that has a receipt",
-                remedy="delete this store and run again",
-            )
         return voxels if self.filled is None else voxels[~np.asarray(self.filled[box])]
 
 
@@ -180,7 +177,7 @@ def settle_fill(group: zarr.Group, source: CheckedSource, rule: Rule, progress: 
         found = find_fill(
             source,
             source.shape,
-            lambda: volume_array(group, "source_fill", source.shape, "bool", BOX),
+            lambda: volume_array(group, "source_fill", source.shape, "bool", BOX, "fill"),
             progress=progress,
         )
         values, voxels = ([], []) if found is None else (list(found.values), list(found.voxels))
@@ -194,7 +191,7 @@ def settle_fill(group: zarr.Group, source: CheckedSource, rule: Rule, progress: 
         receipt = receipts.put("source", {"values": values, "voxels": voxels})
     if not receipt["values"]:
         return None
-    mask = volume_array(group, "source_fill", source.shape, "bool", BOX)
+    mask = volume_array(group, "source_fill", source.shape, "bool", BOX, "fill")
     return Fill(tuple(receipt["values"]), tuple(receipt["voxels"]), mask)
 
 
@@ -221,28 +218,29 @@ def settle_percentiles(job: Ingestion, progress: Progress) -> tuple[float, ...]:
 
 
 def volume_array(
-    group: zarr.Group, name: str, shape: Shape, dtype: str, edge: int = CHUNK
+    group: zarr.Group, name: str, shape: Shape, dtype: str, edge: int = CHUNK, missing: Missing = "error"
 ) -> zarr.Array[Any]:
     """Return the array `name` of a volume's group, made where it is not there yet.
 
-    A chunk of voxels that is missing would read as NaN, which no later step takes for a voxel.
+    Reading a chunk that is missing is a CheckpointError, unless `missing` is "fill".
     """
     config: ArrayConfigParams = {"write_empty_chunks": True}
-    if name in group:
-        there = zarr.open_array(group.store, path=name, mode="r+", zarr_format=3)
-        return there.with_config(config)  # open_array of zarr 3.1 takes a config and ignores it
-    return group.create_array(
-        name,
-        shape=shape,
-        chunks=(edge, edge, edge),
-        dtype=dtype,
-        compressors=BloscCodec(
-            typesize=np.dtype(dtype).itemsize, cname="lz4", clevel=5, shuffle="bitshuffle"
-        ),
-        fill_value=math.nan if dtype == "float32" else False,
-        dimension_names=("z", "y", "x"),
-        config=config,
-    )
+    with suppress(ContainsArrayError):  # of an earlier run, or of one that lays out the same volume now
+        made = group.create_array(
+            name,
+            shape=shape,
+            chunks=(edge, edge, edge),
+            dtype=dtype,
+            compressors=BloscCodec(
+                typesize=np.dtype(dtype).itemsize, cname="lz4", clevel=5, shuffle="bitshuffle"
+            ),
+            fill_value=math.nan if dtype == "float32" else False,
+            dimension_names=("z", "y", "x"),
+            config=config,
+        )
+        return checked(made, missing)
+    there = zarr.open_array(group.store, path=name, mode="r+", zarr_format=3)
+    return checked(there.with_config(config), missing)  # open_array of zarr 3.1 ignores a config
 
 
 def _flat(source: str, value: float, share: float) -> SourceError:

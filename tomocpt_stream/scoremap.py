@@ -36,6 +36,7 @@ from tomocpt_stream.receipts import (
     read_json,
 )
 from tomocpt_stream.scoring import ALLOWED, RECEIPTS, SCORED
+from tomocpt_stream.stored import checked
 from tomocpt_stream.volume import ATTRIBUTE, ome_metadata
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
 
     from tomocpt_stream.blocks import BlockPlan, Span
     from tomocpt_stream.frame import Shape
+    from tomocpt_stream.stored import CheckedArray
     from tomocpt_stream.volume import Volume
 
 SEAMS = "candidates/seams"
@@ -275,8 +277,8 @@ def _attributes(store: Store) -> dict[str, Any] | None:
     return dict(ours)
 
 
-def member(group: zarr.Group, name: str) -> zarr.Array[Any]:
-    """Return an array of a map's group, ready to be written.
+def member(group: zarr.Group, name: str) -> CheckedArray:
+    """Return an array of a map's group, ready to be written; a chunk that is lost is an error.
 
     zarr 3.1 forgets with a reopened array that empty chunks are to be written.
     """
@@ -285,7 +287,7 @@ def member(group: zarr.Group, name: str) -> zarr.Array[Any]:
         raise CheckpointError(
             f"{name!r} in the store is no array", expected="a heat map's store", remedy="predict again"
         )
-    return array.with_config({"write_empty_chunks": True})
+    return checked(array.with_config({"write_empty_chunks": True}))
 
 
 def pieces(spans: Iterable[Span], size: Sequence[int]) -> Iterator[tuple[Span, Span, Span]]:

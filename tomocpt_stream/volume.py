@@ -26,6 +26,7 @@ from tomocpt_stream.frame import RULES, Frame, Grid, Rule, working_grid
 from tomocpt_stream.ingestion import CheckedSource, Ingestion, settle_fill, settle_percentiles, volume_array
 from tomocpt_stream.progress import Progress, silent
 from tomocpt_stream.receipts import Receipts, as_store, claim_group, config_hash, read_json
+from tomocpt_stream.stored import checked
 from tomocpt_stream.tiles import CHUNK
 
 if TYPE_CHECKING:
@@ -44,8 +45,9 @@ class Volume:
     """A tomogram on the working grid, stored as chunked zarr; pickled by the address of its store.
 
     `array` is (z, y, x) float32, un-normalised; `fill` is the bool array of the same shape that says
-    which voxels are fill, or None. `voxel_size` and `source_voxel_size` are in Å. `percentiles` are
-    p5, p50 and p95 of the working voxels that are not fill (rule "tomocpt": of the source voxels).
+    which voxels are fill, or None; a chunk that either has lost is a CheckpointError. `voxel_size` and
+    `source_voxel_size` are in Å. `percentiles` are p5, p50 and p95 of the working voxels that are not
+    fill (rule "tomocpt": of the source voxels).
     `remarks` are sentences for the user. `fingerprint` is the hash of all that the voxels follow from.
     """
 
@@ -280,8 +282,10 @@ def _volume(store: Store, attributes: dict[str, Any]) -> Volume:
     )
     p5, p50, p95 = attributes["percentiles"]
     return Volume(
-        array=zarr.open_array(store, path="0", mode="r", zarr_format=3),
-        fill=zarr.open_array(store, path="fill", mode="r", zarr_format=3) if attributes["fill"] else None,
+        array=checked(zarr.open_array(store, path="0", mode="r", zarr_format=3)),
+        fill=checked(zarr.open_array(store, path="fill", mode="r", zarr_format=3))
+        if attributes["fill"]
+        else None,
         store=store,
         name=attributes["name"],
         frame=frame,

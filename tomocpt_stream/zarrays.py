@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from zarr.abc.store import ByteRequest
     from zarr.core.buffer import Buffer, BufferPrototype
 
+    from tomocpt_stream.errors import ActionableError
     from tomocpt_stream.frame import Box, Shape
 
 Missing = Literal["error", "fill"]
@@ -62,21 +63,38 @@ class CheckedStore(WrapperStore[Store]):
         found = await self._store.get(key, prototype, byte_range)
         if found is None:
             if self._missing == "error":
-                raise absent(self._address, key)
+                raise self._lost(key)
             return None
         needed = 1
         if isinstance(byte_range, RangeByteRequest):
             needed = byte_range.end - byte_range.start
-        elif self._blosc and byte_range is None and len(found) >= BLOSC_HEADER:
-            # The last word of Blosc's header is the length of the whole chunk.
-            needed = int.from_bytes(found.to_bytes()[12:BLOSC_HEADER], "little")
+        elif self._blosc and byte_range is None:
+            needed = _blosc_bytes(found)
         if len(found) < needed:
-            raise SourceError(
-                f"{self._address} has an object {key} that is cut short: {len(found)} bytes",
-                expected=f"at least {needed} bytes",
-                remedy="copy that object again",
-            )
+            raise self._cut_short(key, len(found), needed)
         return found
+
+    @property
+    def unchecked(self) -> Store:
+        """The store inside."""
+        return self._store
+
+    def _lost(self, key: str) -> ActionableError:
+        return absent(self._address, key)
+
+    def _cut_short(self, key: str, size: int, needed: int) -> ActionableError:
+        return SourceError(
+            f"{self._address} has an object {key} that is cut short: {size} bytes",
+            expected=f"at least {needed} bytes",
+            remedy="copy that object again",
+        )
+
+
+def _blosc_bytes(found: Buffer) -> int:
+    """Return the bytes that a whole Blosc chunk has: the last word of its header says so."""
+    if len(found) < BLOSC_HEADER:
+        return BLOSC_HEADER
+    return int.from_bytes(found[12:BLOSC_HEADER].to_bytes(), "little")
 
 
 def absent(address: str, what: str) -> BrokenSourceError:
@@ -102,14 +120,14 @@ class ZarrVoxels:
         last = metadata.compressor if metadata.zarr_format == 2 else metadata.codecs[-1]
         blosc = isinstance(last, numcodecs.Blosc | BloscCodec)
         self._sharding = _sharding(metadata, address)
-        store = CheckedStore(array.store, address, missing, blosc=blosc)
+        self._stored = _unchecked(array.store)
+        store = CheckedStore(self._stored, address, missing, blosc=blosc)
         self.array = zarr.Array(zarr.AsyncArray(metadata, StorePath(store, array.path)))
         self.order = order
         self.missing = missing
         self.address = address
         self.shape: Shape = (array.shape[order[0]], array.shape[order[1]], array.shape[order[2]])
         self.dtype: np.dtype[Any] = np.dtype(array.dtype)
-        self._stored = array.store
         self._objects: tuple[int, ...] = tuple(array.shards or array.chunks)
 
     @property
@@ -311,4 +329,8 @@ def _sharding(metadata: Any, address: str) -> ShardingCodec | None:
 
 def address_of(array: zarr.Array[Any]) -> str:
     """Return where an array lies; one in memory has no address that outlives its process."""
-    return "zarr array" if isinstance(array.store, MemoryStore) else str(array.store_path)
+    return "zarr array" if isinstance(_unchecked(array.store), MemoryStore) else str(array.store_path)
+
+
+def _unchecked(store: Store) -> Store:
+    return store.unchecked if isinstance(store, CheckedStore) else store
