@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from distributed import Client
 
 # Torch and BLAS must not fight over two cores when several tests run workers.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -18,3 +24,12 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip("the shared test data is not here")
     return folder
+
+
+@pytest.fixture(scope="session")
+def workers() -> Iterator[Client]:
+    """A client of two worker processes on this machine, the same for all tests that ask."""
+    from tests.clusters import cluster
+
+    with cluster(2) as client:
+        yield client
