@@ -38,6 +38,11 @@ class OwnStore(CheckedStore):
     def __str__(self) -> str:
         return self._address
 
+    @property
+    def unchecked(self) -> Store:
+        """The store inside."""
+        return self._store
+
     def _with_store(self, store: Store) -> OwnStore:
         return OwnStore(store, self._prefix, self._missing)
 
@@ -65,8 +70,15 @@ class OwnStore(CheckedStore):
 class CheckedArray(zarr.Array[Any]):
     """A zarr array that this package wrote; what is lost or damaged is a CheckpointError, never voxels.
 
-    What the store itself raises (no connection, no permission) comes through as it is.
+    What the store itself raises (no connection, no permission) comes through as it is. `store` is the
+    store as it was given, which checks nothing.
     """
+
+    @property
+    def store(self) -> Store:
+        """The store that the array lies in."""
+        found = self.async_array.store
+        return found.unchecked if isinstance(found, OwnStore) else found
 
     def __getitem__(self, selection: Any) -> Any:
         """Return the elements of a selection, as `zarr.Array` does."""
@@ -96,6 +108,8 @@ class CheckedArray(zarr.Array[Any]):
             key = f"{self.path}/{self.metadata.encode_chunk_key(place)}"
             try:
                 super().__getitem__(box)
+            except ActionableError:
+                raise
             except Exception as cause:
                 try:
                     sync(self.store.get(key, default_buffer_prototype()))

@@ -74,11 +74,6 @@ class CheckedStore(WrapperStore[Store]):
             raise self._cut_short(key, len(found), needed)
         return found
 
-    @property
-    def unchecked(self) -> Store:
-        """The store inside."""
-        return self._store
-
     def _lost(self, key: str) -> ActionableError:
         return absent(self._address, key)
 
@@ -120,7 +115,7 @@ class ZarrVoxels:
         last = metadata.compressor if metadata.zarr_format == 2 else metadata.codecs[-1]
         blosc = isinstance(last, numcodecs.Blosc | BloscCodec)
         self._sharding = _sharding(metadata, address)
-        self._stored = _unchecked(array.store)
+        self._stored = array.store
         store = CheckedStore(self._stored, address, missing, blosc=blosc)
         self.array = zarr.Array(zarr.AsyncArray(metadata, StorePath(store, array.path)))
         self.order = order
@@ -329,8 +324,4 @@ def _sharding(metadata: Any, address: str) -> ShardingCodec | None:
 
 def address_of(array: zarr.Array[Any]) -> str:
     """Return where an array lies; one in memory has no address that outlives its process."""
-    return "zarr array" if isinstance(_unchecked(array.store), MemoryStore) else str(array.store_path)
-
-
-def _unchecked(store: Store) -> Store:
-    return store.unchecked if isinstance(store, CheckedStore) else store
+    return "zarr array" if isinstance(array.store, MemoryStore) else str(array.store_path)
