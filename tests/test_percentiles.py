@@ -12,7 +12,14 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from tomocpt_stream.errors import SourceError
-from tomocpt_stream.percentiles import exact_percentiles
+from tomocpt_stream.percentiles import (
+    Selection,
+    count_lower,
+    count_upper,
+    exact_percentiles,
+    pack,
+    unpack,
+)
 
 Floats = npt.NDArray[np.float32]
 
@@ -36,6 +43,32 @@ def test_blocks_and_their_order_do_not_matter(values: Floats, seed: int, parts: 
     shuffled = np.random.default_rng(seed).permutation(values)
     blocks = [block[::-1] for block in np.array_split(shuffled, parts)]
     assert exact_percentiles(lambda: iter(blocks)) == exact_percentiles(lambda: [values])
+
+
+@settings(deadline=None, max_examples=100)
+@given(values=voxels, seed=st.integers(0, 99), parts=st.integers(1, 6))
+def test_counts_of_parts_add_up_wherever_they_were_counted(values: Floats, seed: int, parts: int) -> None:
+    shuffled = np.array_split(np.random.default_rng(seed).permutation(values), parts)
+    upper = sum(unpack(pack(count_upper([part])))[0] for part in shuffled)
+    selection = Selection(np.asarray(upper))
+    lower = sum(unpack(pack(count_lower([part], selection.bins))) for part in shuffled)
+    found = selection.values(np.asarray(lower))
+    assert found == exact_percentiles(lambda: [values])
+    assert selection.total == len(values)
+    for percent, value in zip((0, 100), exact_percentiles(lambda: [values], (0, 100)), strict=True):
+        ends = Selection(count_upper([values]), (percent,))  # of these percentiles each is a voxel's value
+        share = ends.share(value, count_lower([values], ends.bins))
+        assert share == np.count_nonzero(values == np.float32(value)) / len(values)
+
+
+def test_packed_counts_are_small_and_whole() -> None:
+    values = np.random.default_rng(0).normal(0.0, 30.0, 1 << 22).astype(np.float32)
+    upper = count_upper([values])
+    lower = count_lower([values], Selection(upper).bins)
+    assert len(pack(upper)) < 10_000
+    assert len(pack(lower)) < 50_000
+    for counts in (upper, lower, upper * 1_000_000_000, np.zeros(65536, np.int64)):
+        np.testing.assert_array_equal(unpack(pack(counts)), np.atleast_2d(counts))
 
 
 @settings(deadline=None, max_examples=100)
