@@ -1,19 +1,23 @@
 from __future__ import annotations
 
+import pickle
 from typing import TYPE_CHECKING, Any
 
 import mrcfile
 import numpy as np
 import pytest
 import zarr
+from zarr.storage import LocalStore
 
 from tomocpt_stream.errors import SourceError
 from tomocpt_stream.frame import Frame, working_grid
-from tomocpt_stream.mask import open_mask
+from tomocpt_stream.mask import Mask, open_mask
 from tomocpt_stream.tomogram import Tomogram, open_tomogram
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from tomocpt_stream.tomogram import BeamAxis
 
 SHAPE = (20, 30, 40)
 
@@ -45,10 +49,24 @@ def test_a_mask_on_the_tomograms_own_voxels_is_the_mask() -> None:
     np.testing.assert_array_equal(mask.inside(WHOLE), _blob(SHAPE))
     part = ((3, 9), (5, 20), (8, 31))
     np.testing.assert_array_equal(mask.inside(part), _blob(SHAPE)[3:9, 5:20, 8:31])
-    mask.hold(WHOLE)
-    assert mask.holds_any(((0, 6), (0, 8), (0, 11)))
-    assert not mask.holds_any(((0, 5), (0, 30), (0, 40)))
-    assert not mask.holds_any(((10, 20), (0, 30), (0, 40)))
+    np.testing.assert_array_equal(mask.spanned(part), _blob(SHAPE)[3:9, 5:20, 8:31])
+    again: Mask = pickle.loads(pickle.dumps(mask))
+    np.testing.assert_array_equal(again.inside(part), mask.inside(part))
+    assert again.fingerprint == mask.fingerprint
+
+
+@pytest.mark.parametrize("beam_axis", ["z", "y"])
+def test_a_mask_in_memory_can_be_stored_for_other_processes(tmp_path: Path, beam_axis: BeamAxis) -> None:
+    tomogram = _tomogram(beam_axis=beam_axis)
+    mask = open_mask(_blob(SHAPE), tomogram.frame, working_grid(tomogram.shape, 10.0, 13.0))
+    stored = mask.stored(LocalStore(tmp_path), "mask")
+    there: Mask = pickle.loads(pickle.dumps(stored))
+    whole: Any = tuple((0, n) for n in working_grid(tomogram.shape, 10.0, 13.0).shape)
+    for other in (stored, there):
+        np.testing.assert_array_equal(other.inside(whole), mask.inside(whole))
+        np.testing.assert_array_equal(other.spanned(whole), mask.spanned(whole))
+        assert other.fingerprint == mask.fingerprint
+    assert len(pickle.dumps(stored)) < 4000
 
 
 @pytest.mark.parametrize("voxel_size", [7.0, 13.0, 25.0])
@@ -67,9 +85,9 @@ def test_a_thin_mask_between_working_voxels_keeps_its_windows() -> None:
     thin[:, :, 21] = True  # no working voxel of 4 source voxels lies nearest to it
     grid = working_grid(SHAPE, 10.0, 40.0)
     mask = open_mask(thin, _tomogram().frame, grid)
-    whole = tuple((0, n) for n in grid.shape)
-    mask.hold(whole)  # type: ignore[arg-type]
-    assert mask.holds_any(whole)  # type: ignore[arg-type]
+    whole: Any = tuple((0, n) for n in grid.shape)
+    assert mask.spanned(whole).any()
+    assert not mask.inside(whole).any()
 
 
 def test_an_unturned_volume_has_its_mask_in_the_files_axes(tmp_path: Path) -> None:
@@ -147,7 +165,6 @@ def test_reading_in_pieces_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> N
         for piece in (10**9, 700):
             monkeypatch.setattr("tomocpt_stream.mask._PIECE", piece)
             mask = open_mask(noise, _tomogram().frame, grid)
-            mask.hold(whole)
-            masks.append((mask.inside(whole), mask._held))
+            masks.append((mask.inside(whole), mask.spanned(whole)))
         np.testing.assert_array_equal(masks[0][0], masks[1][0])
         np.testing.assert_array_equal(masks[0][1], masks[1][1])

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import threading
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -37,14 +39,16 @@ def test_a_window_sees_the_reflected_volume(shape: Any, share: float, negate: bo
     memory = budget(shape, SMALL, share, stitch="hann", chunk=10)
     plan = plan_blocks(shape, SMALL, stitch="hann", chunk=10, memory=memory)
     for task in plan.tasks:
-        rows = Rows(volume, plan, task, negate=negate)
-        for row in range(*task.window_spans[0]):
-            rows.advance(row)
-            for z, y, x in (index for index in task.windows if index[0] == row):
-                spans = [SMALL.span(axis, k) for axis, k in enumerate((z, y, x))]
-                seen = voxels[np.ix_(*(reflect(*span, n) for span, n in zip(spans, shape, strict=True)))]
-                np.testing.assert_array_equal(rows.window(y, x), seen)
-                assert not rows.is_left_out(y, x)
+        passed = []
+        with Rows(volume, plan, task, negate=negate) as rows:
+            for row in rows:
+                passed.append(row)
+                for z, y, x in (index for index in task.windows if index[0] == row):
+                    spans = [SMALL.span(axis, k) for axis, k in enumerate((z, y, x))]
+                    seen = voxels[np.ix_(*(reflect(*span, n) for span, n in zip(spans, shape, strict=True)))]
+                    np.testing.assert_array_equal(rows.window(y, x), seen)
+                    assert not rows.is_left_out(y, x)
+        assert passed == list(range(*task.window_spans[0]))
 
 
 def test_a_task_reads_each_voxel_about_once() -> None:
@@ -52,9 +56,8 @@ def test_a_task_reads_each_voxel_about_once() -> None:
     volume = _volume(_noise(shape))
     plan = plan_blocks(shape, SMALL, stitch="hann", memory=10**12)
     (task,) = plan.tasks
-    rows = Rows(volume, plan, task, negate=False)
-    for row in range(*task.window_spans[0]):
-        rows.advance(row)
+    with Rows(volume, plan, task, negate=False) as rows:
+        assert len(list(rows)) == plan.window.lattice(shape)[0]
     # Only the planes that a face reflects are read a second time.
     faces = 2 * SMALL.shape[0] * 60 * 60 * 4
     assert 100 * 60 * 60 * 4 <= rows.bytes_read <= 100 * 60 * 60 * 4 + faces
@@ -65,9 +68,55 @@ def test_a_window_is_left_out_where_all_its_voxels_are_fill() -> None:
     array[:, :, 31:] = 5.0
     volume = _volume(array)
     plan = plan_blocks(volume.shape, SMALL, stitch="crop", memory=10**12)
-    rows = Rows(volume, plan, plan.tasks[0], negate=False)
-    rows.advance(1)
-    left_out = [rows.is_left_out(2, x) for x in range(SMALL.lattice(volume.shape)[2])]
+    with Rows(volume, plan, plan.tasks[0], negate=False) as rows:
+        assert [next(iter(rows)), next(iter(rows))] == [0, 1]
+        left_out = [rows.is_left_out(2, x) for x in range(SMALL.lattice(volume.shape)[2])]
     assert left_out == [SMALL.span(2, x)[0] >= 31 for x in range(len(left_out))]
     assert any(left_out)
     assert not all(left_out)
+
+
+class _Gated:
+    """Voxels that are given out only when the gate is open; it counts who asks."""
+
+    def __init__(self, array: Any) -> None:
+        self.array, self.asked, self.gate = array, threading.Semaphore(0), threading.Event()
+
+    def __getitem__(self, box: Any) -> Any:
+        self.asked.release()
+        assert self.gate.wait(30)
+        return self.array[box]
+
+
+def _row_by_row(shape: Any) -> tuple[_Gated, Any, Any]:
+    volume = _volume(_noise(shape))
+    gated = _Gated(volume.array)
+    plan = plan_blocks(shape, SMALL, memory=10**12)
+    return gated, replace(volume, array=gated), plan  # type: ignore[arg-type]
+
+
+def test_the_next_row_is_read_while_one_is_used() -> None:
+    gated, volume, plan = _row_by_row((40, 20, 20))
+    with Rows(volume, plan, plan.tasks[0], negate=False) as rows:
+        assert gated.asked.acquire(timeout=30)  # the first row, before anybody asked for it
+        gated.gate.set()
+        assert next(iter(rows)) == 0
+        gated.gate.clear()
+        for row in (1, 2, 3):
+            assert gated.asked.acquire(timeout=30)
+            assert not rows.is_last
+            gated.gate.set()
+            assert next(iter(rows)) == row
+            gated.gate.clear()
+        assert rows.is_last
+        assert not gated.asked.acquire(timeout=0.05)  # and nothing beyond the last one
+
+
+def test_an_error_while_reading_ahead_reaches_who_asks_for_the_row() -> None:
+    gated, volume, plan = _row_by_row((40, 20, 20))
+    gated.gate.set()
+    with Rows(volume, plan, plan.tasks[0], negate=False) as rows:
+        assert next(iter(rows)) == 0
+        gated.array = None
+        with pytest.raises(TypeError):
+            list(rows)

@@ -7,12 +7,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
+import zarr
 
 from tomocpt_stream.errors import SourceError
+from tomocpt_stream.omezarr import as_voxels
+from tomocpt_stream.tiles import CHUNK, cut, whole
 from tomocpt_stream.tomogram import Tomogram, open_tomogram
+from tomocpt_stream.zarrays import address_of
 
 if TYPE_CHECKING:
     import numpy.typing as npt
+    from zarr.abc.store import Store
 
     from tomocpt_stream.blocks import Span
     from tomocpt_stream.frame import Box, Frame, Grid
@@ -33,22 +38,48 @@ class Mask:
     voxels loses no window. The mask is read in pieces, whatever its own voxel size.
     """
 
-    def __init__(self, tomogram: Tomogram, frame: Frame, grid: Grid, voxel_size: float) -> None:
-        self._tomogram = tomogram
+    def __init__(
+        self,
+        tomogram: Tomogram,
+        frame: Frame,
+        grid: Grid,
+        voxel_size: float,
+        fingerprint: dict[str, Any] | None = None,
+    ) -> None:
+        self.tomogram = tomogram
+        self._made_of = (frame, grid, voxel_size)
         self._index = [_nearest(axis, grid, frame, tomogram, voxel_size) for axis in range(3)]
-        self._origin: tuple[int, int, int] = (0, 0, 0)
-        self._held = np.zeros((0, 0, 0), dtype=bool)
-        self.fingerprint: dict[str, Any] = {**tomogram.fingerprint, "voxel_size": voxel_size}
+        # A copy, and a mask on a worker, keep the first one's: the voxels are not looked through again.
+        self.fingerprint = fingerprint or {**tomogram.fingerprint, "voxel_size": voxel_size}
 
-    def hold(self, spans: tuple[Span, Span, Span]) -> None:
-        """Read which working voxels of a box span mask voxels, and keep it until the next call."""
-        self._origin = (spans[0][0], spans[1][0], spans[2][0])
-        self._held = self._marks(spans, spanned=True)
+    def __reduce__(self) -> tuple[object, ...]:
+        return (Mask, (self.tomogram, *self._made_of, self.fingerprint))
 
-    def holds_any(self, spans: tuple[Span, Span, Span]) -> bool:
-        """Return whether a box of working voxels, inside the box held, spans a mask voxel."""
-        z, y, x = (slice(a - low, b - low) for (a, b), low in zip(spans, self._origin, strict=True))
-        return bool(self._held[z, y, x].any())
+    def stored(self, store: Store, path: str) -> Mask:
+        """Return the same mask, its voxels copied to a zarr array that other processes can read."""
+        source = self.tomogram.voxels
+        array = zarr.create_array(
+            store,
+            name=path,
+            shape=source.shape,
+            chunks=(CHUNK, CHUNK, CHUNK),
+            dtype="bool",
+            overwrite=True,
+            config={"write_empty_chunks": True},
+        )
+        for box in cut(whole(source.shape), (CHUNK, 8 * CHUNK, 8 * CHUNK)):
+            array[box] = source.read(box) != 0
+        copy = Tomogram(
+            as_voxels(array, "error", address_of(array)),
+            self.tomogram.frame,
+            name=self.tomogram.name,
+            source=address_of(array),
+        )
+        return Mask(copy, *self._made_of, self.fingerprint)
+
+    def spanned(self, spans: tuple[Span, Span, Span]) -> npt.NDArray[np.bool_]:
+        """Return which working voxels of a box span a mask voxel that is inside."""
+        return self._marks(spans, spanned=True)
 
     def inside(self, spans: tuple[Span, Span, Span]) -> npt.NDArray[np.bool_]:
         """Return in which voxels of a box of the working grid a pick may lie."""
@@ -82,7 +113,7 @@ class Mask:
         index = self._index[axis]
         if not spanned:
             return int(index[stop - 1]) + 1
-        following = int(index[stop]) if stop < len(index) else self._tomogram.shape[axis]
+        following = int(index[stop]) if stop < len(index) else self.tomogram.shape[axis]
         return max(following, int(index[stop - 1]) + 1)
 
     @staticmethod
@@ -90,10 +121,10 @@ class Mask:
         return end if k + 1 >= len(z) else max(int(z[k + 1]), int(z[k]) + 1)
 
     def _read(self, box: Box) -> npt.NDArray[np.bool_]:
-        voxels = self._tomogram.read(box)
+        voxels = self.tomogram.read(box)
         if np.isnan(voxels).any():
             raise SourceError(
-                f"the mask {self._tomogram.name} has voxels that are not a number",
+                f"the mask {self.tomogram.name} has voxels that are not a number",
                 expected="0 outside and another number inside",
                 remedy="write the mask again",
             )

@@ -7,13 +7,19 @@ constant fill, or hold no voxel of the mask.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from tomocpt_stream.blocks import box_of, reflect
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from concurrent.futures import Future
+    from typing import Self
+
     import numpy.typing as npt
 
     from tomocpt_stream.blocks import BlockPlan, Index, Span, Task
@@ -31,38 +37,69 @@ def normalise(
     return np.clip(voxels, np.float32(-3), np.float32(3), out=voxels)
 
 
+class _Row(NamedTuple):
+    """The planes of a row of windows as they were read, normalised, and what is left out of them."""
+
+    voxels: npt.NDArray[np.float32]
+    planes: npt.NDArray[np.intp]  # for each plane that the row adds, which one read stands there
+    fill: npt.NDArray[np.bool_] | None
+    mask: npt.NDArray[np.bool_] | None
+
+
 class Rows:
-    """The rows of windows of one task, one at a time: `advance(k)`, then `window(y, x)` of that row."""
+    """The rows of windows of one task, one after the other: iterate, and ask `window(y, x)` of each.
+
+    Iterating gives the lattice indices of the rows along z. While a row is being worked on, a thread
+    of its own reads what the next one adds: the first row from the start. The planes read ahead are
+    the only ones held twice. Use it in a `with` statement.
+    """
 
     def __init__(
         self, volume: Volume, plan: BlockPlan, task: Task, *, negate: bool, mask: Mask | None = None
     ) -> None:
         self._volume, self._window, self._shape = volume, plan.window, plan.shape
-        self._negate, self._mask = negate, mask
+        self._negate, self._mask_of = negate, mask
+        self._first, self._last = task.window_spans[0]
+        self._row = self._first - 1
         self._seen_spans = [
             (plan.window.span(axis, first)[0], plan.window.span(axis, last - 1)[1])
             for axis, (first, last) in enumerate(task.window_spans)
         ]
         self._read_spans = task.read_spans
-        _, (y0, y1), (x0, x1) = self._seen_spans
-        self._voxels = np.empty((plan.window.shape[0], y1 - y0, x1 - x0), dtype=np.float32)
-        self._row: int | None = None
+        self._voxels = np.empty((0, 0, 0), dtype=np.float32)
         self._fill: npt.NDArray[np.bool_] | None = None
+        self._mask: npt.NDArray[np.bool_] | None = None
         self.bytes_read = 0
+        self.waited = 0.0
+        self._reader = ThreadPoolExecutor(1, "read ahead")
+        self._ahead: Future[_Row] = self._reader.submit(self._read, self._first)
 
-    def advance(self, row: int) -> None:
-        """Load row `row` of windows (its lattice index along z)."""
-        start, stop = self._window.span(0, row)
-        shared = self._window.shape[0] - self._window.stride[0] if self._row == row - 1 else 0
-        if shared:
-            self._voxels[:shared] = self._voxels[-shared:].copy()
-        self._load((start + shared, stop), self._voxels[shared:])
-        self._row = row
-        inside = self._clipped((row, 0, 0))[0]
-        if self._volume.fill is not None:
-            self._fill = np.asarray(self._volume.fill[box_of((inside, *self._read_spans[1:]))], dtype=bool)
-        if self._mask is not None:
-            self._mask.hold((inside, *self._read_spans[1:]))
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._reader.shutdown(wait=True, cancel_futures=True)
+
+    def __iter__(self) -> Iterator[int]:
+        while not self.is_last:
+            self._advance()
+            yield self._row
+
+    @property
+    def is_last(self) -> bool:
+        """Whether nothing is left to be read."""
+        return self._row == self._last - 1
+
+    def _advance(self) -> None:
+        """Take up the row that was read ahead, and begin to read the next one."""
+        began = time.perf_counter()
+        row = self._ahead.result()
+        self.waited += time.perf_counter() - began
+        self._row += 1
+        self._take(row)
+        del row, self._ahead  # what was read ahead is not held while the next planes are being read
+        if not self.is_last:
+            self._ahead = self._reader.submit(self._read, self._row + 1)
 
     def window(self, y: int, x: int) -> npt.NDArray[np.float32]:
         """Return what window (y, x) of the row sees; a view of window shape."""
@@ -75,17 +112,15 @@ class Rows:
 
     def is_left_out(self, y: int, x: int) -> bool:
         """Return whether window (y, x) of the row is all fill, or holds no voxel of the mask."""
-        if self._row is None or (self._fill is None and self._mask is None):
-            return False
-        inside = self._clipped((self._row, y, x))
-        if self._fill is not None:
-            (y0, y1), (x0, x1) = (
-                (a - zero, b - zero)
-                for (a, b), (zero, _) in zip(inside[1:], self._read_spans[1:], strict=True)
+        (y0, y1), (x0, x1) = (
+            (a - zero, b - zero)
+            for (a, b), (zero, _) in zip(
+                self._clipped((self._row, y, x))[1:], self._read_spans[1:], strict=True
             )
-            if self._fill[:, y0:y1, x0:x1].all():
-                return True
-        return self._mask is not None and not self._mask.holds_any(inside)
+        )
+        if self._fill is not None and self._fill[:, y0:y1, x0:x1].all():
+            return True
+        return self._mask is not None and not self._mask[:, y0:y1, x0:x1].any()
 
     def _clipped(self, index: Index) -> tuple[Span, Span, Span]:
         """Return the voxels of the volume that a window covers."""
@@ -97,19 +132,45 @@ class Rows:
         )
         return (z, y, x)
 
-    def _load(self, planes: Span, target: npt.NDArray[np.float32]) -> None:
-        """Read planes of the volume into `target`, normalised and reflected."""
-        z, y, x = (
-            reflect(start, stop, length)
-            for (start, stop), length in zip((planes, *self._seen_spans[1:]), self._shape, strict=True)
-        )
-        spans = [(int(axis.min()), int(axis.max()) + 1) for axis in (z, y, x)]
-        voxels = np.asarray(self._volume.array[box_of(tuple(spans))], dtype=np.float32)
-        self.bytes_read += voxels.nbytes
+    def _shared(self, row: int) -> int:
+        """Return how many planes a row shares with the one before it."""
+        return self._window.shape[0] - self._window.stride[0] if row > self._first else 0
+
+    def _read(self, row: int) -> _Row:
+        """Read the planes that a row adds to the one before it, and the marks of all its planes."""
+        start, stop = self._window.span(0, row)
+        planes = reflect(start + self._shared(row), stop, self._shape[0])
+        low, high = int(planes.min()), int(planes.max()) + 1
+        section = self._read_spans[1:]
+        voxels = np.asarray(self._volume.array[box_of(((low, high), *section))], dtype=np.float32)
         normalise(voxels, self._volume.percentiles)
         if self._negate:
             np.negative(voxels, out=voxels)
-        z, y, x = (axis - low for axis, (low, _) in zip((z, y, x), spans, strict=True))
+        spans = (self._clipped((row, 0, 0))[0], *section)
+        fill = self._volume.fill
+        return _Row(
+            voxels,
+            planes - low,
+            None if fill is None else np.asarray(fill[box_of(spans)], dtype=bool),
+            None if self._mask_of is None else self._mask_of.spanned(spans),
+        )
+
+    def _take(self, row: _Row) -> None:
+        """Move up the planes that stay, and lay those read behind them, reflected at the faces."""
+        (y0, y1), (x0, x1) = self._seen_spans[1:]
+        shared = self._shared(self._row)
+        if not self._voxels.size:
+            self._voxels = np.empty((self._window.shape[0], y1 - y0, x1 - x0), dtype=np.float32)
+        if shared:
+            self._voxels[:shared] = self._voxels[-shared:].copy()
+        y, x = (
+            reflect(start, stop, length) - low
+            for (start, stop), length, (low, _) in zip(
+                self._seen_spans[1:], self._shape[1:], self._read_spans[1:], strict=True
+            )
+        )
         section = np.ix_(y, x)
-        for plane, source in enumerate(z):
-            target[plane] = voxels[source][section]
+        for plane, source in enumerate(row.planes, start=shared):
+            self._voxels[plane] = row.voxels[source][section]
+        self.bytes_read += row.voxels.nbytes
+        self._fill, self._mask = row.fill, row.mask
