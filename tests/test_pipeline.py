@@ -195,7 +195,7 @@ def test_a_killed_pick_goes_on_and_ends_alike(tmp_path: Path) -> None:
     whole = NamedBlobPicker()
     wanted = pick(source, whole, OPTIONS, memory=least)
 
-    class Killed(Exception):
+    class Killed(BaseException):
         pass
 
     class Dying(NamedBlobPicker):

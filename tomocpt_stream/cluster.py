@@ -15,7 +15,9 @@ import subprocess
 import time
 import uuid
 from collections import deque
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
+from weakref import WeakKeyDictionary
 
 from distributed import (
     Client,
@@ -24,12 +26,14 @@ from distributed import (
     Nanny,
     Scheduler,
     SpecCluster,
+    Worker,
+    WorkerPlugin,
     get_worker,
 )
 
 from tomocpt_stream.errors import JobError, PlanError
 from tomocpt_stream.progress import Tally
-from tomocpt_stream.stages import Attempts, perform
+from tomocpt_stream.stages import Attempts, perform, residents
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -155,6 +159,39 @@ def _memory_limit(limit: str | int, count: int) -> int:
 
     found = parse_memory_limit(limit, THREADS, THREADS * count, logger=logging.getLogger(__name__))
     return int(found or 0)
+
+
+class _Resident(WorkerPlugin):
+    """Brings a thing to every worker, those that join later included; pickled to each of them once."""
+
+    def __init__(self, name: str, thing: Any) -> None:
+        self.name, self._label, self._thing = f"tomocpt-stream {name}", name, thing
+
+    def setup(self, worker: Worker) -> None:  # noqa: ARG002  (the plugin's signature)
+        residents.keep(self._label, self._thing)
+        del self._thing
+
+    def teardown(self, worker: Worker) -> None:  # noqa: ARG002
+        residents.drop(self._label)
+
+
+_HELD: WeakKeyDictionary[Client, set[str]] = WeakKeyDictionary()
+
+
+@contextmanager
+def hold_on_workers(client: Any, name: str, thing: Any, *, for_good: bool) -> Iterator[None]:
+    """Have every worker of a client hold a thing under a name: for good, or within this context."""
+    held = _HELD.setdefault(client, set())
+    plugin = _Resident(name, thing)
+    if name not in held:
+        client.register_plugin(plugin)
+        held.add(name)
+    try:
+        yield
+    finally:
+        if not for_good and client.status == "running":
+            client.unregister_worker_plugin(plugin.name)
+            held.discard(name)
 
 
 def run_on_cluster(
@@ -309,7 +346,7 @@ class _Run:
 
     def _listen(self, event: tuple[float, dict[str, Any]]) -> None:
         _, news = event
-        self._news.put((news["worker"], news["key"], news["numbers"]))
+        self._news.put((news["name"], news["key"], news["numbers"]))
 
     def _hear(self, ended: set[str]) -> None:
         """Bring the tallies up to what running jobs have told."""
@@ -343,7 +380,7 @@ def _on_worker(
     name = str(worker.name if worker.name is not None else worker.address)
 
     def tell(numbers: dict[str, float]) -> None:
-        worker.log_event(topic, {"worker": name, "key": key, "numbers": numbers})
+        worker.log_event(topic, {"name": name, "key": key, "numbers": numbers})
 
     answer, numbers = perform(function, address, payload, tell)
     return name, answer, numbers

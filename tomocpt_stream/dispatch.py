@@ -58,13 +58,18 @@ def _run_here(
 
     def report(numbers: Mapping[str, float]) -> None:
         tally.running = {"job": dict(numbers)}
-        watch([tally])
+        try:
+            watch([tally])
+        except Exception as error:
+            raise _Stopped(error) from error
 
     while (job := next(ahead, None) or (again.popleft() if again else None)) is not None:
         attempts.wait(job)
         tally.running = {}
         try:
             answer = stage.function(job.payload, opened, report)
+        except _Stopped as stopped:
+            raise stopped.why from None
         except Exception as error:
             tally.running = {}
             if attempts.failed(job, error):
@@ -75,3 +80,11 @@ def _run_here(
             watch([tally])
             yield job, answer
     attempts.settle()
+
+
+class _Stopped(BaseException):
+    """Who watches raised an error: that ends the run, and is no failure of the job."""
+
+    def __init__(self, why: Exception) -> None:
+        super().__init__(why)
+        self.why = why

@@ -6,40 +6,39 @@ to `scoring.score_task`, and settles afterwards what lies at the borders of task
 
 from __future__ import annotations
 
+import math
+import time
 import uuid
 import warnings
+from array import array
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
 import numpy as np
 import zarr
 
+from tomocpt_stream.assignment import assigned, shared
 from tomocpt_stream.blocks import CODEC_CONCURRENCY, STITCHES, Stitch, Window, box_of
+from tomocpt_stream.dispatch import run_jobs
 from tomocpt_stream.errors import PlanError
 from tomocpt_stream.mask import MaskLike, open_mask
-from tomocpt_stream.peaks import CANDIDATE, MAX_CANDIDATES, flood, scan
-from tomocpt_stream.progress import Progress, silent
-from tomocpt_stream.receipts import Receipts, StoreLike, as_store, config_hash, write_bytes
-from tomocpt_stream.scoremap import (
-    SEAMS,
-    Heatmap,
-    allowed_ones,
-    as_spans,
-    claim_store,
-    member,
-    open_heatmap,
-    pieces,
-)
-from tomocpt_stream.scoring import RECEIPTS, Work, score_task
+from tomocpt_stream.peaks import CANDIDATE, MAX_CANDIDATES, flood, order, scan
+from tomocpt_stream.progress import Progress, Tally, WorkerProgress, silent, total
+from tomocpt_stream.receipts import StoreLike, as_store, config_hash, delete_but, write_bytes
+from tomocpt_stream.scoremap import SEAMS, Heatmap, allowed_ones, claim_store, member, open_heatmap
+from tomocpt_stream.scoring import Work, count, score_task
+from tomocpt_stream.seams import unsettled
+from tomocpt_stream.stages import Job, Stage
 from tomocpt_stream.volume import ATTRIBUTE
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
 
     import numpy.typing as npt
 
     from tomocpt_stream.blocks import BlockPlan, Span
     from tomocpt_stream.mask import Mask
+    from tomocpt_stream.stages import Address, Report
     from tomocpt_stream.volume import Volume
 
 __all__ = ["Heatmap", "PickOptions", "Scorer", "open_heatmap", "predict"]
@@ -154,16 +153,15 @@ def predict(  # noqa: PLR0913  (the public signature of the design)
     SourceError
         The picker's scores are not numbers, or the map has over 5 million candidates.
     """
-    _check_request(volume, picker, plan, options, client)
+    _check_request(volume, picker, plan, options)
     allowed = None if mask is None else open_mask(mask, volume.frame, volume.grid)
     negate = options.contrast != _trained_contrast(picker)
     config = _config(volume, picker, plan, negate=negate, mask=allowed)
-    target = as_store(store)
+    target = as_store(store) if client is None else shared(as_store(store))
     attributes = claim_store(target, volume, plan, config, floor=min(CANDIDATE_FLOOR, options.threshold))
     if "finished" in attributes:
         return open_heatmap(target)
     group = zarr.open_group(target, mode="r+")
-    receipts = Receipts(target, RECEIPTS)
     work = Work(
         volume=volume,
         picker=picker,
@@ -172,105 +170,103 @@ def predict(  # noqa: PLR0913  (the public signature of the design)
         marks=member(group, "marks") if "marks" in group else None,
         floor=float(attributes["floor"]),
         negate=negate,
+        config=attributes["hash"],
         mask=allowed,
-        done=frozenset(receipts.all()),
     )
-    with zarr.config.set({"async.concurrency": CODEC_CONCURRENCY}):
-        stats = _run(work, progress)
-        finished = _finish(work, receipts)
+    with zarr.config.set({"async.concurrency": CODEC_CONCURRENCY}), assigned(work, client) as address:
+        stats = _score(work, address, client, progress)
+        finished = _finish(work, address, client)
     if allowed is not None and not finished["scored"]:
         warnings.warn(f"the mask of {volume.name} has no voxel inside: nothing was scored", stacklevel=2)
     group.attrs.put({**group.attrs.asdict(), ATTRIBUTE: {**attributes, "finished": finished, "run": stats}})
     return open_heatmap(target)
 
 
-def _run(work: Work, progress: Progress) -> dict[str, float]:
-    """Score every task; report in voxels of the volume."""
-    windows, voxels = work.plan.windows, int(np.prod(work.plan.shape))
-    seen = 0
+def _score(work: Work, address: Address[Work], client: Any, progress: Progress) -> dict[str, float]:
+    """Score every task that lacks a chunk; report in voxels of the volume. Return what that took."""
+    plan, began = work.plan, time.perf_counter()
+    voxels = math.prod(plan.shape)
+    spared = found = 0
+    latest: list[Tally] = []
 
-    def report(count: int) -> None:
-        nonlocal seen
-        seen += count
-        progress("predict", voxels * seen // windows, voxels)
+    def jobs() -> Iterator[Job]:
+        nonlocal spared
+        done = work.receipts.names()
+        for task in plan.tasks:
+            if all(key in done for key, _ in plan.chunks_of(task.write_spans)):
+                spared += count(task.window_spans)
+            else:
+                yield Job(f"task {task.index + 1} of {len(plan.tasks)} ({_label(task.write_spans)})", task)
+
+    def watch(tallies: list[Tally]) -> None:
+        latest[:] = tallies
+        progress("predict", int(voxels * (spared + total(tallies)) / plan.windows), voxels)
+        if isinstance(progress, WorkerProgress):
+            progress.workers("predict", tallies)
 
     progress("predict", 0, voxels)
-    totals = {"windows": 0.0, "bytes_read": 0.0, "seconds": 0.0, "forward": 0.0, "candidates": 0.0}
-    for task in work.plan.tasks:
-        stats = score_task(task, work, report)
-        totals = {key: value + stats[key] for key, value in totals.items()}
-        if totals["candidates"] > MAX_CANDIDATES:
-            raise flood(work.volume.name, int(totals["candidates"]))
-    return totals
-
-
-def _finish(work: Work, receipts: Receipts) -> dict[str, Any]:
-    """Settle what lies at the borders of tasks from the stored map; return the map's summary."""
-    done = receipts.all()
-    tables = [np.zeros(0, dtype=CANDIDATE)]
-    for spans in _unsettled(list(done.values()), work.plan):
-        found = scan(work.scores, box_of(spans), work.floor, name=work.volume.name)
-        tables.append(found if work.marks is None else allowed_ones(found, work.marks))
-    seams = np.concatenate(tables)
-    write_bytes(work.scores.store, SEAMS, seams.tobytes())
-    summary = {
-        "minimum": min(receipt["minimum"] for receipt in done.values()),
-        "maximum": max(receipt["maximum"] for receipt in done.values()),
-        "scored": sum(receipt["scored"] for receipt in done.values()),
+    stage = Stage("predict", work.volume.name, score_task, address, len(plan.tasks))
+    for _, candidates in run_jobs(stage, jobs(), client=client, watch=watch):
+        found += candidates
+        if found > MAX_CANDIDATES:
+            raise flood(work.volume.name, found)
+    progress("predict", voxels, voxels)
+    numbers = ("windows", "bytes_read", "computing", "waited")
+    return {
+        "tasks": sum(tally.jobs for tally in latest),
+        "workers": len(latest),
+        "seconds": time.perf_counter() - began,
+        **{name: total(latest, name) for name in numbers},
     }
-    count = len(seams) + sum(receipt["candidates"] for receipt in done.values())
-    if summary["minimum"] != summary["maximum"]:
-        count += sum(receipt["plateau"] for receipt in done.values())
-    if count > MAX_CANDIDATES:
-        raise flood(work.volume.name, count)
-    return {**summary, "candidates": count}
 
 
-def _unsettled(receipts: Sequence[dict[str, Any]], plan: BlockPlan) -> Iterator[tuple[Span, Span, Span]]:
-    """Yield boxes of the voxels whose neighbourhood left the block that their task held.
-
-    The chunks of one task are taken together where all of them come from it: what is left is then
-    the shell of its write box.
-    """
-    groups: dict[tuple[Span, Span, Span], list[dict[str, Any]]] = {}
-    for receipt in receipts:
-        groups.setdefault(as_spans(receipt["write"]), []).append(receipt)
-    for write, members in groups.items():
-        if len(members) == sum(1 for _ in plan.chunks_of(write)):
-            settled = [as_spans(member["settled"]) for member in members]
-            # An empty span lies where its chunk begins, not where the settled voxels of others end.
-            some = [s for s in settled if all(start < stop for start, stop in s)]
-            joined = [
-                (min(s[axis][0] for s in some), max(s[axis][1] for s in some)) if some else (0, 0)
-                for axis in range(3)
-            ]
-            pairs = [(write, as_spans(joined))]
-        else:
-            pairs = [(as_spans(member["chunk"]), as_spans(member["settled"])) for member in members]
-        for outer, inner in pairs:
-            for shell in _without(outer, inner):
-                yield from pieces(shell, tuple(2 * c for c in plan.chunk))
-
-
-def _without(
-    outer: tuple[Span, Span, Span], inner: tuple[Span, Span, Span]
-) -> Iterator[tuple[Span, Span, Span]]:
-    """Yield up to six boxes that make up `outer` without `inner`."""
-    rest = list(outer)
-    for axis in range(3):
-        (start, stop), (low, high) = rest[axis], inner[axis]
-        low, high = min(max(start, low), stop), max(start, min(high, stop))
-        for span in ((start, low), (max(low, high), stop)):
-            if span[0] < span[1]:
-                yield as_spans([*rest[:axis], span, *rest[axis + 1 :]])
-        rest[axis] = (low, max(low, high))
-        if rest[axis][0] == rest[axis][1]:
-            return
+def _finish(work: Work, address: Address[Work], client: Any) -> dict[str, Any]:
+    """Settle what lies at the borders of tasks from the stored map; return the map's summary."""
+    spans = array("i")  # of each chunk: its task's write box, its own, its settled one; 72 bytes
+    low, high, scored, candidates, plateau = math.inf, -math.inf, 0, 0, 0
+    tables = {SEAMS}
+    for _, receipt in work.receipts.each():
+        tables.add(receipt.get("table", ""))
+        for name in ("write", "chunk", "settled"):
+            for span in receipt[name]:
+                spans.extend(span)
+        low, high = min(low, receipt["minimum"]), max(high, receipt["maximum"])
+        scored += receipt["scored"]
+        candidates += receipt["candidates"]
+        plateau += receipt["plateau"]
+    if low != high:
+        candidates += plateau
+    boxes = unsettled(np.frombuffer(spans, dtype=np.int32).reshape(-1, 3, 3, 2), work.plan)
+    jobs = [Job(f"seam {_label(box)}", box) for box in boxes]
+    found = [np.zeros(0, dtype=CANDIDATE)]
+    stage = Stage("seams", work.volume.name, _settle_seam, address, len(jobs))
+    for _, table in run_jobs(stage, jobs, client=client):
+        found.append(np.frombuffer(table, dtype=CANDIDATE))
+        candidates += len(found[-1])
+        if candidates > MAX_CANDIDATES:
+            break
+    if candidates > MAX_CANDIDATES:
+        raise flood(work.volume.name, candidates)
+    seams = order(np.concatenate(found), work.plan.shape)  # the jobs end in any order
+    write_bytes(work.scores.store, SEAMS, seams.tobytes())
+    # Every chunk has its receipt now, so that a table which none names was left by a run that was killed.
+    delete_but(work.scores.store, "candidates/", tables)
+    return {"minimum": low, "maximum": high, "scored": scored, "candidates": candidates}
 
 
-def _check_request(
-    volume: Volume, picker: Scorer, plan: BlockPlan, options: PickOptions, client: Any
-) -> None:
+def _settle_seam(box: tuple[Span, Span, Span], work: Work, report: Report) -> bytes:
+    """Return the table of the candidates in a box of the stored map."""
+    del report
+    found = scan(work.scores, box_of(box), work.floor, name=work.volume.name)
+    return (found if work.marks is None else allowed_ones(found, work.marks)).tobytes()
+
+
+def _label(spans: tuple[Span, Span, Span]) -> str:
+    """Return a box for people."""
+    return " ".join(f"{axis} {start}:{stop}" for axis, (start, stop) in zip("zyx", spans, strict=True))
+
+
+def _check_request(volume: Volume, picker: Scorer, plan: BlockPlan, options: PickOptions) -> None:
     asked = {
         "shape": (tuple(plan.shape), tuple(volume.shape)),
         "window": (plan.window, Window(picker.window.shape, picker.window.halo)),
@@ -285,12 +281,6 @@ def _check_request(
             expected="a plan made for this volume, picker and options",
             remedy="call plan_blocks with the volume's shape, the picker's window and the options' "
             "stitch, batch_size and tta",
-        )
-    if client is not None:
-        raise PlanError(
-            f"a client ({type(client).__name__})",
-            expected="client=None: this version predicts in the calling process",
-            remedy="leave client out",
         )
 
 

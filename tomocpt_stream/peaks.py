@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
 
-from tomocpt_stream.errors import PlanError, SourceError
+from tomocpt_stream.errors import FloodError, PlanError, SourceError
 from tomocpt_stream.picks import Picks
 from tomocpt_stream.refine import REACH, offsets
 from tomocpt_stream.spacing import space
@@ -186,9 +186,9 @@ def order(table: Candidates, shape: Shape) -> Candidates:
     return best
 
 
-def flood(name: str, count: int) -> SourceError:
+def flood(name: str, count: int) -> FloodError:
     """Return the error for a map with too many candidates."""
-    return SourceError(
+    return FloodError(
         f"{name} has {count:,} candidate peaks or more",
         expected=f"at most {MAX_CANDIDATES:,}",
         remedy="raise the threshold; if the map is flat or saturated, check contrast, picker and diameter",

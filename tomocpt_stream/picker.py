@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import tempfile
 from contextlib import contextmanager
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -62,6 +63,14 @@ class Picker:
         self.dtype: DType = "float32"
         self.fingerprint = _fingerprint(network, self.metadata)
         self._network = place(network, self.device).eval()
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Pickle by address, or with the weights where there is none; the device is the reader's own."""
+        state = {"dtype": self.dtype, "threads": self.threads, "fingerprint": self.fingerprint}
+        if self.address is None:
+            return (_revive, (self._serialised(), None, state))
+        local = self.address != "base" and "://" not in self.address
+        return (_revive, (None, str(Path(self.address).absolute()) if local else self.address, state))
 
     @property
     def window(self) -> Window:
@@ -130,19 +139,23 @@ class Picker:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the picker to one safetensors file; the file appears whole or not at all."""
         path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+        try:
+            # save_file would leave a file that only its owner can read, whatever the umask.
+            temporary.write_bytes(self._serialised())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def _serialised(self) -> bytes:
+        """Return the bytes of the picker's file."""
         weights = {
             name: value.detach().to("cpu", torch.float32).contiguous()
             for name, value in self._network.named_parameters()
         }
         text = json.dumps({"format_version": FORMAT_VERSION} | self.metadata, sort_keys=True)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-        try:
-            # save_file would leave a file that only its owner can read, whatever the umask.
-            temporary.write_bytes(serialise(weights, metadata={_KEY: text}))
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        return serialise(weights, metadata={_KEY: text})
 
 
 def load_picker(source: str | os.PathLike[str] = "base", *, device: str = "auto") -> Picker:
@@ -163,6 +176,26 @@ def load_picker(source: str | os.PathLike[str] = "base", *, device: str = "auto"
             remedy="copy the file to a local disk first",
         )
     return _load(Path(address), address, chosen)
+
+
+def _revive(weights: bytes | None, address: str | None, state: dict[str, Any]) -> Picker:
+    """Return a picker that was pickled, on the device of this process; its weights must be the same."""
+    if weights is None:
+        picker = load_picker(address or "base")
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "picker.safetensors"
+            path.write_bytes(weights)
+            picker = load_picker(path)
+        picker.address = None
+    if picker.fingerprint != state["fingerprint"]:
+        raise CheckpointError(
+            f"the picker {address or 'that was sent'} has the fingerprint {picker.fingerprint[:12]} here",
+            expected=f"{state['fingerprint'][:12]}, as where it was loaded first",
+            remedy="give every machine the same file and the same version of the package",
+        )
+    picker.dtype, picker.threads = state["dtype"], state["threads"]
+    return picker
 
 
 def picker_metadata(

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tomocpt_stream.blocks import BlockPlan, plan_blocks
+from tomocpt_stream.connection import on_this_machine
+from tomocpt_stream.errors import PlanError
 from tomocpt_stream.frame import Grid, working_grid
 from tomocpt_stream.heatmap import PickOptions, Scorer, predict
 from tomocpt_stream.mask import MaskLike, open_mask
@@ -37,6 +39,7 @@ def pick(  # noqa: PLR0913  (the public signature of the design)
     keep_heatmap: str | Path | None = None,
     memory: int | str | None = None,
     client: Any = None,
+    verify: bool = False,
     progress: Progress = silent,
 ) -> Picks:
     """Return the picks of a tomogram: ingest, plan, predict, find peaks.
@@ -45,14 +48,28 @@ def pick(  # noqa: PLR0913  (the public signature of the design)
     what is asked of it, so that the same call after a kill goes on where that one stopped. Without
     `scratch` they go into a temporary folder (TMPDIR says where) that is removed at the end.
     `keep_heatmap` is the path of the zarr store that keeps the map. `memory`, bytes or "4 GB", is
-    the budget of `plan_blocks`. With a `client` the folders must be seen by every worker.
+    the budget of `plan_blocks`.
+
+    With a `client` of a dask cluster its workers do the work, `memory` is the budget of each of them,
+    and the folders must be seen by all of them. The picks are the same. `verify` reads everything that
+    was stored again and compares it with its receipts.
 
     Picks nearer than `options.margin` Å to a face of the volume are left out; the face lies half a
     voxel outside the centre of the outermost voxel.
+
+    Raises
+    ------
+    PlanError
+        Nothing fits into `memory`, or the workers are elsewhere and there is no `scratch`.
+    SourceError, JobError
+        A part of the work could not be done; what is done is kept in `scratch`.
+    CheckpointError
+        What an earlier run left is not of this tomogram and picker, or is damaged.
     """
-    grid, plan = plan_pick(tomogram, picker, options, memory=memory)
+    grid, plan = plan_pick(tomogram, picker, options, memory=memory, workers=_workers(client))
     with ExitStack() as stack:
         if scratch is None:
+            _refuse_distant(client)
             scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="tomocpt-stream-"))
         folder = scratch_folder(Path(scratch), tomogram, grid)
         volume = ingest(
@@ -73,14 +90,43 @@ def pick(  # noqa: PLR0913  (the public signature of the design)
         )
         # Rounded, so that a whole number of voxels stays one: a pick at exactly the distance is kept.
         spacing = round(min_distance(options) / grid.voxel_size, 9)
+        if verify:
+            from tomocpt_stream.verification import refuse_damaged
+
+            for store in (volume.store, heatmap.store):
+                refuse_damaged(store, client=client, progress=progress)
         picks = find_peaks(heatmap, threshold=options.threshold, min_distance=spacing)
     return inside(picks, tomogram, options.margin)
 
 
+def _workers(client: Any) -> int:
+    """Return the number of workers that the work is cut for."""
+    if client is None:
+        return 1
+    from tomocpt_stream.cluster import worker_count
+
+    return worker_count(client)
+
+
+def _refuse_distant(client: Any) -> None:
+    """Refuse a temporary folder of this machine where the workers are on others."""
+    if client is not None and not on_this_machine(client):
+        raise PlanError(
+            "a client whose workers are on other machines, and no scratch",
+            expected="a folder that all workers see",
+            remedy="pass scratch",
+        )
+
+
 def plan_pick(
-    tomogram: Tomogram, picker: Scorer, options: PickOptions, *, memory: int | str | None = None
+    tomogram: Tomogram,
+    picker: Scorer,
+    options: PickOptions,
+    *,
+    memory: int | str | None = None,
+    workers: int = 1,
 ) -> tuple[Grid, BlockPlan]:
-    """Return the working grid and the plan that `pick` follows; no voxel is read.
+    """Return the working grid and the plan that `pick` follows on so many workers; no voxel is read.
 
     The working voxel size is diameter / (2 particle_radius), or the tomogram's own where the two
     differ by at most 5 %.
@@ -102,6 +148,7 @@ def plan_pick(
         tta=options.tta,
         bytes_per_window=getattr(picker, "bytes_per_window", None),
         memory=memory,
+        workers=workers,
     )
     return grid, plan
 

@@ -46,13 +46,13 @@ class Tally:
     def finish(self, job: str) -> None:
         """Count a running job as finished."""
         self.jobs += 1
-        self.finished.update(self.running.pop(job, {}))  # type: ignore[arg-type]  # floats add up too
+        self.finished.update(self.running.pop(job, {}))
 
     def number(self, name: str) -> float:
         """Return a number over the finished and the running jobs."""
         return self.finished[name] + sum(numbers.get(name, 0.0) for numbers in self.running.values())
 
 
-def share(tallies: Sequence[Tally], name: str = "done") -> float:
+def total(tallies: Sequence[Tally], name: str = "done") -> float:
     """Return a number over all workers."""
     return sum(tally.number(name) for tally in tallies)

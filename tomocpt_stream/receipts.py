@@ -23,7 +23,7 @@ from zarr.storage import LocalStore
 from tomocpt_stream.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable, Container, Iterable, Iterator, Sequence
 
 StoreLike = str | Path | Store
 Result = TypeVar("Result")
@@ -152,6 +152,13 @@ def read_each(store: Store, keys: Iterable[str]) -> Iterator[tuple[str, bytes | 
     source = iter(keys)
     while batch := list(islice(source, BATCH)):
         yield from zip(batch, sync(_together(read, batch, READS)), strict=True)
+
+
+def delete_but(store: Store, prefix: str, kept: Container[str]) -> None:
+    """Delete what lies below a prefix and is not in `kept`; what a writer has under way is let be."""
+    for key in sync(_collect(store.list_prefix(prefix))):
+        if key not in kept and not key.endswith(".partial"):
+            sync(store.delete(key))
 
 
 def write_bytes(store: Store, key: str, data: bytes) -> None:

@@ -32,7 +32,7 @@ from tomocpt_stream.receipts import (
     claim_group,
     config_hash,
     holds_objects,
-    read_bytes,
+    read_each,
     read_json,
 )
 from tomocpt_stream.scoring import ALLOWED, RECEIPTS, SCORED
@@ -129,16 +129,14 @@ class Heatmap:
         """Return the candidates above `candidate_floor` as a structured array, best first."""
         if self.is_constant:
             return np.zeros(0, dtype=CANDIDATE)
-        receipts = Receipts(self.store, RECEIPTS).all()
-        tables = [self._stored(f"candidates/{key}") for key in receipts]
-        tables += [self._stored(SEAMS)]
-        for receipt in receipts.values():
+        tables, names = [], [SEAMS]
+        for key, receipt in Receipts(self.store, RECEIPTS).each():
+            # A table of none is not read; in maps of before the tables had a name their chunks' key was it.
+            names += [receipt.get("table", f"candidates/{key}")] if receipt["candidates"] else []
             if receipt["constant"] and receipt["maximum"] > self.candidate_floor:
-                tables.append(
-                    self._allowed(
-                        scan(self.array, box_of(receipt["settled"]), self.candidate_floor, name=self.name)
-                    )
-                )
+                box = box_of(receipt["settled"])
+                tables.append(self._allowed(scan(self.array, box, self.candidate_floor, name=self.name)))
+        tables += [self._table(name, data) for name, data in read_each(self.store, names)]
         table = np.concatenate(tables)
         if len(table) != self.finished["candidates"]:
             raise CheckpointError(
@@ -161,11 +159,10 @@ class Heatmap:
                 raise flood(self.name, count)
         return order(np.concatenate(tables), self.shape)
 
-    def _stored(self, key: str) -> npt.NDArray[np.void]:
-        data = read_bytes(self.store, key)
-        if data is None:
+    def _table(self, key: str, data: bytes | None) -> npt.NDArray[np.void]:
+        if data is None or len(data) % CANDIDATE.itemsize:
             raise CheckpointError(
-                f"the map of {self.name} lacks the object {key}",
+                f"the map of {self.name} lacks the object {key}, or has a part of it",
                 expected="every object that its receipts name",
                 remedy="delete the store and predict again",
             )

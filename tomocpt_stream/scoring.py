@@ -6,15 +6,19 @@ follow from the lattice alone, its receipt is put after its data, and the first 
 
 from __future__ import annotations
 
-import hashlib
 import math
+import threading
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from tomocpt_stream.blocks import NEIGHBOURHOOD, box_of, spans_of
+from tomocpt_stream.circumstances import circumstances
+from tomocpt_stream.duplicates import compare, sha256
 from tomocpt_stream.errors import SourceError
 from tomocpt_stream.peaks import CANDIDATE, MAX_CANDIDATES, REACH, flood, scan_block
 from tomocpt_stream.receipts import Receipts, write_bytes
@@ -23,12 +27,14 @@ from tomocpt_stream.windows import Rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import Self
 
     import numpy.typing as npt
     import zarr
 
     from tomocpt_stream.blocks import BlockPlan, Index, Span, Task
     from tomocpt_stream.mask import Mask
+    from tomocpt_stream.stages import Report
     from tomocpt_stream.volume import Volume
 
 SCORED, ALLOWED = 1, 2  # bits of the map's marks: a window was scored there; a pick may lie there
@@ -36,12 +42,25 @@ SCORED, ALLOWED = 1, 2  # bits of the map's marks: a window was scored there; a 
 RECEIPTS = "heatmap"
 
 
+class Turns:
+    """Who may read ahead and who may compute, among the tasks that one process runs at a time.
+
+    One task computes; one other reads its first row meanwhile, and waits with nothing else in memory.
+    The reader's turn ends when its last row is read, so that only one task at a time reads ahead.
+    """
+
+    def __init__(self) -> None:
+        self.reading = threading.Lock()
+        self.computing = threading.Lock()
+
+
 @dataclass(frozen=True)
 class Work:
     """What every task of one map shares.
 
     `scores` and `marks` are the stored arrays (marks: None where every voxel is scored and allowed),
-    `floor` is the score above which a task keeps candidates.
+    `floor` is the score above which a task keeps candidates, `config` the hash of all that the map
+    depends on.
     """
 
     volume: Volume
@@ -51,8 +70,14 @@ class Work:
     marks: zarr.Array[Any] | None
     floor: float
     negate: bool
+    config: str
     mask: Mask | None = None
-    done: frozenset[str] = field(default_factory=frozenset)
+    turns: Turns = field(default_factory=Turns)
+
+    @cached_property
+    def receipts(self) -> Receipts:
+        """The receipts of the map's chunks."""
+        return Receipts(self.scores.store, RECEIPTS)
 
 
 class Batches:
@@ -68,6 +93,7 @@ class Batches:
         self._picker, self._tta, self._deliver = picker, plan.tta, deliver
         self._voxels = np.zeros((plan.batch_size, *plan.window.shape), dtype=np.float32)
         self._indices: list[Index] = []
+        self.windows = 0
         self.seconds = 0.0
 
     def push(self, index: Index, voxels: npt.NDArray[np.float32]) -> None:
@@ -85,6 +111,7 @@ class Batches:
         started = time.perf_counter()
         scores = self._score_views() if self._tta else self._score(self._voxels)
         self.seconds += time.perf_counter() - started
+        self.windows += len(self._indices)
         for index, window in zip(self._indices, scores, strict=False):
             self._deliver(index, window)
         self._indices.clear()
@@ -109,58 +136,85 @@ class Batches:
         return scores
 
 
-def score_task(task: Task, work: Work, report: Callable[[int], None]) -> dict[str, Any]:
-    """Score a task and store its chunks; return what it did (windows, bytes read, seconds).
+def score_task(task: Task, work: Work, report: Report) -> int:
+    """Score a task and store its chunks; return how many candidates it found.
 
-    `report` is called with the number of windows finished since the last call. Chunks in `work.done`
-    are not written again; a task all of whose chunks are done scores nothing.
+    Chunks that have a receipt are not written again; a task all of whose chunks have one scores
+    nothing. `report` is called after each row of windows: "done" counts windows, those that need not
+    be scored among them, "windows" those that were scored, "voxels" what they stand for in the volume.
     """
-    started = time.perf_counter()
-    todo = _what_is_left(task, work)
-    stats: dict[str, Any] = {
-        "task": task.index,
-        "windows": 0,
-        "bytes_read": 0,
-        "seconds": 0.0,
-        "forward": 0.0,
-        "candidates": 0,
-    }
+    began = time.perf_counter()
+    keys = [key for key, _ in work.plan.chunks_of(task.write_spans)]
+    done = frozenset(work.receipts.present(keys))
+    todo = _what_is_left(task, work, done)
+    whole = count(task.window_spans)
     if todo is None:
-        report(len(task.windows))
-        return stats
-    report(len(task.windows) - len(todo.windows))
-    rows = Rows(work.volume, work.plan, todo, negate=work.negate, mask=work.mask)
-    stitcher = Stitcher(work.plan, todo)
-    batches = Batches(work.picker, work.plan, stitcher.add)
-    layers = _Layers(todo, work, stitcher)
-    (first, last), ys, xs = todo.window_spans
-    for row in range(first, last):
-        rows.advance(row)
-        for y in range(*ys):
-            for x in range(*xs):
-                if rows.is_left_out(y, x):
-                    stitcher.skip((row, y, x))
-                else:
-                    batches.push((row, y, x), rows.window(y, x))
-                    stats["windows"] += 1
-            if y < ys[1] - 1:
-                report(xs[1] - xs[0])
-        if layers.is_due(row):
-            batches.flush()
-            layers.finish(row)
-            stats["candidates"] = layers.candidates
-        report(xs[1] - xs[0])  # the last of a row count when what the row completes is stored
-    stats |= {
-        "bytes_read": rows.bytes_read,
-        "seconds": time.perf_counter() - started,
-        "forward": batches.seconds,
-    }
-    return stats
+        report({"done": whole})
+        return 0
+    spared = whole - count(todo.window_spans)
+    voxels = math.prod(work.plan.shape) / work.plan.windows
+    with ExitStack() as held:
+        reading = held.enter_context(_Turn(work.turns.reading))
+        rows = held.enter_context(Rows(work.volume, work.plan, todo, negate=work.negate, mask=work.mask))
+        held.enter_context(_Turn(work.turns.computing))
+        stitcher = Stitcher(work.plan, todo)
+        batches = Batches(work.picker, work.plan, stitcher.add)
+        layers = _Layers(todo, work, stitcher, done)
+        passed = spared
+
+        def tell() -> None:
+            numbers = {"done": passed, "windows": batches.windows, "voxels": batches.windows * voxels}
+            numbers |= {"bytes_read": rows.bytes_read, "computing": batches.seconds, "waited": rows.waited}
+            report(numbers | {"seconds": time.perf_counter() - began})
+
+        for row in rows:
+            if rows.is_last:
+                reading.end()
+            for y in range(*todo.window_spans[1]):
+                for x in range(*todo.window_spans[2]):
+                    if rows.is_left_out(y, x):
+                        stitcher.skip((row, y, x))
+                    else:
+                        batches.push((row, y, x), rows.window(y, x))
+                    passed += 1
+                if y < todo.window_spans[1][1] - 1:
+                    tell()
+            if layers.is_due(row):
+                batches.flush()
+                layers.finish(row)
+            tell()  # the last of a row counts when what the row completes is stored
+        return layers.candidates
 
 
-def _what_is_left(task: Task, work: Work) -> Task | None:
+class _Turn:
+    """A lock held for a while; it may be given back before the `with` statement ends."""
+
+    def __init__(self, lock: threading.Lock) -> None:
+        self._lock = lock
+        self._held = False
+
+    def __enter__(self) -> Self:
+        self._held = self._lock.acquire()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
+
+    def end(self) -> None:
+        """Give the lock back."""
+        if self._held:
+            self._held = False
+            self._lock.release()
+
+
+def count(spans: tuple[Span, Span, Span]) -> int:
+    """Return the number of lattice points in a box of them."""
+    return math.prod(last - first for first, last in spans)
+
+
+def _what_is_left(task: Task, work: Work, done: frozenset[str]) -> Task | None:
     """Return the task confined to the layers that still lack a chunk; None where none does."""
-    missing = [box[0] for key, box in work.plan.chunks_of(task.write_spans) if key not in work.done]
+    missing = [box[0] for key, box in work.plan.chunks_of(task.write_spans) if key not in done]
     if not missing:
         return None
     span = (min(int(z.start) for z in missing), max(int(z.stop) for z in missing))
@@ -170,11 +224,10 @@ def _what_is_left(task: Task, work: Work) -> Task | None:
 class _Layers:
     """The layers of chunks of a task, finished one after the other as rows of windows complete them."""
 
-    def __init__(self, task: Task, work: Work, stitcher: Stitcher) -> None:
-        self._task, self._work, self._stitcher = task, work, stitcher
+    def __init__(self, task: Task, work: Work, stitcher: Stitcher, done: frozenset[str]) -> None:
+        self._task, self._work, self._stitcher, self._done = task, work, stitcher, done
         step, (start, stop) = work.plan.chunk[0], task.write_spans[0]
         self._left = [(z, min(z + step, stop)) for z in range(start, stop, step)]
-        self._receipts = Receipts(work.scores.store, RECEIPTS)
         self.candidates = 0
 
     def is_due(self, row: int) -> bool:
@@ -193,12 +246,12 @@ class _Layers:
             block = self._stitcher.planes(z, row)
             origin = (z[0], known[1][0], known[2][0])
             for key, box in self._work.plan.chunks_of((layer, *self._task.write_spans[1:])):
-                if key not in self._work.done:
+                if key not in self._done:
                     self._store(key, spans_of(box), block, origin)
             self._stitcher.release(layer[1] - NEIGHBOURHOOD)
 
-    def _mark(self, chunk: tuple[Span, Span, Span]) -> npt.NDArray[np.uint8] | None:
-        """Store and return the marks of a chunk; None where every voxel is scored and allowed."""
+    def _marks(self, chunk: tuple[Span, Span, Span]) -> npt.NDArray[np.uint8] | None:
+        """Return the marks of a chunk; None where every voxel is scored and allowed."""
         if self._work.marks is None:
             return None
         marks = self._stitcher.scored(chunk) * np.uint8(SCORED)
@@ -206,12 +259,12 @@ class _Layers:
             marks |= np.uint8(ALLOWED)
         else:
             marks |= self._work.mask.inside(chunk) * np.uint8(ALLOWED)
-        self._work.marks[box_of(chunk)] = marks
         return marks
 
     def _store(
         self, key: str, chunk: tuple[Span, Span, Span], block: npt.NDArray[np.float32], origin: Index
     ) -> None:
+        """Store a chunk, its marks and its candidates, then its receipt; the first receipt stays."""
         work = self._work
         inside = tuple(slice(a - zero, b - zero) for (a, b), zero in zip(chunk, origin, strict=True))
         scores = np.ascontiguousarray(block[inside])
@@ -222,8 +275,7 @@ class _Layers:
                 expected="finite scores",
                 remedy="check the picker on a smaller volume",
             )
-        work.scores[box_of(chunk)] = scores
-        marks = self._mark(chunk)
+        marks = self._marks(chunk)
         around, corner = _around(block, origin, chunk)
         settled = _settled(chunk, corner, around.shape, work.plan.shape)
         constant = bool(around.min() == around.max())
@@ -238,22 +290,34 @@ class _Layers:
         self.candidates += len(found)
         if self.candidates > MAX_CANDIDATES:
             raise flood(work.volume.name, self.candidates)
-        write_bytes(work.scores.store, f"candidates/{key}", found.tobytes())
-        self._receipts.put(
-            key,
-            {
-                "sha256": hashlib.sha256(scores.tobytes()).hexdigest(),
-                "minimum": low,
-                "maximum": high,
-                "scored": scores.size if marks is None else int(np.count_nonzero(marks & SCORED)),
-                "candidates": len(found),
-                "constant": constant,
-                "plateau": _plateau(marks, chunk, settled) if constant and high > work.floor else 0,
-                "chunk": chunk,
-                "settled": settled,
-                "write": self._task.write_spans,
-            },
-        )
+        # The table goes with the settled box, which goes with the task: another task's has another name.
+        digest = sha256(found)
+        receipt: dict[str, Any] = {
+            "config": work.config,
+            "sha256": sha256(scores),
+            "marks_sha256": None if marks is None else sha256(marks),
+            "table": f"candidates/{key}-{digest[:16]}",
+            "candidates_sha256": digest,
+            "minimum": low,
+            "maximum": high,
+            "scored": scores.size if marks is None else int(np.count_nonzero(marks & SCORED)),
+            "candidates": len(found),
+            "constant": constant,
+            "plateau": _plateau(marks, chunk, settled) if constant and high > work.floor else 0,
+            "chunk": chunk,
+            "settled": settled,
+            "write": self._task.write_spans,
+            "device": str(getattr(work.picker, "device", "cpu")),
+            **circumstances(),
+        }
+        first = work.receipts.get(key)
+        if first is None:
+            work.scores[box_of(chunk)] = scores
+            if work.marks is not None and marks is not None:
+                work.marks[box_of(chunk)] = marks
+            write_bytes(work.scores.store, receipt["table"], found.tobytes())
+            first = work.receipts.put(key, receipt)
+        compare(work.scores, key, scores, first, receipt)
 
 
 def _plateau(

@@ -10,7 +10,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
 from tomocpt_stream.errors import ActionableError, JobError
@@ -135,25 +135,55 @@ class Attempts:
         ) from cause
 
 
-@dataclass
-class _Residents:
-    """What a worker process has opened, the most recent last."""
+class Residents:
+    """What lives in a worker process from one job to the next.
 
-    opened: OrderedDict[str, Any] = field(default_factory=OrderedDict)
-    lock: threading.Lock = field(default_factory=threading.Lock)
+    Opened addresses, of which the most recent few stay, and things that stay under a name.
+    """
 
-    def get(self, address: Address[T]) -> T:
-        with self.lock:
-            if address.token not in self.opened:
-                self.opened[address.token] = address.open()
-                while len(self.opened) > _KEPT:
-                    self.opened.popitem(last=False)
-            self.opened.move_to_end(address.token)
-            found: T = self.opened[address.token]
+    def __init__(self) -> None:
+        self._opened: OrderedDict[str, Any] = OrderedDict()
+        self._named: dict[str, Any] = {}
+        self._lock = threading.RLock()
+
+    def opened(self, address: Address[T]) -> T:
+        """Return what an address opens; it is opened once, and again where it was not asked for lately."""
+        with self._lock:
+            if address.token not in self._opened:
+                self._opened[address.token] = address.open()
+                while len(self._opened) > _KEPT:
+                    self._opened.popitem(last=False)
+            self._opened.move_to_end(address.token)
+            found: T = self._opened[address.token]
             return found
 
+    def keep(self, name: str, thing: Any) -> None:
+        """Keep a thing under a name."""
+        with self._lock:
+            self._named[name] = thing
 
-_RESIDENTS = _Residents()
+    def drop(self, name: str) -> None:
+        """Forget a thing, and all addresses that may have opened it."""
+        with self._lock:
+            self._named.pop(name, None)
+            self._opened.clear()
+
+    def named(self, name: str, make: Callable[[], Any] | None = None) -> Any:
+        """Return the thing of a name; one that is not there is made, or is a JobError without `make`."""
+        with self._lock:
+            if name not in self._named:
+                if make is None:
+                    raise JobError(
+                        f"the worker does not hold the {name}",
+                        expected="what was given to every worker before its first task",
+                        remedy="run again: the worker may have been started again meanwhile",
+                    )
+                self._named[name] = make()
+            return self._named[name]
+
+
+residents = Residents()
+"""Those of this process."""
 
 
 def perform(
@@ -177,4 +207,4 @@ def perform(
             told = now
             tell(dict(last))
 
-    return function(payload, _RESIDENTS.get(address), report), last
+    return function(payload, residents.opened(address), report), last

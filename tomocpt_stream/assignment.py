@@ -1,0 +1,122 @@
+"""What a worker needs to score the tasks of a map, by address: stores, a plan, the name of a picker.
+
+The address travels with every task, in a few kB; what it names is opened once per process. The picker
+is loaded once per worker, before any task, and stays on its device for every map that it scores.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import zarr
+from zarr.storage import LocalStore, MemoryStore, WrapperStore
+
+from tomocpt_stream.blocks import CODEC_CONCURRENCY
+from tomocpt_stream.errors import PlanError
+from tomocpt_stream.receipts import config_hash
+from tomocpt_stream.scoremap import member
+from tomocpt_stream.scoring import Turns, Work
+from tomocpt_stream.stages import Here, residents
+from tomocpt_stream.volume import open_volume
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from zarr.abc.store import Store
+
+    from tomocpt_stream.blocks import BlockPlan
+    from tomocpt_stream.mask import Mask
+    from tomocpt_stream.stages import Address
+
+
+@dataclass(frozen=True)
+class WorkAddress:
+    """The address of a `Work`: the stores of volume and map, and what is not in them.
+
+    `picker` is the name under which the workers hold the picker.
+    """
+
+    volume: Store
+    store: Store
+    picker: str
+    plan: BlockPlan
+    floor: float
+    negate: bool
+    config: str
+    mask: Mask | None
+    token: str
+
+    def open(self) -> Work:
+        """Return the work on the picker that this process holds."""
+        zarr.config.set({"async.concurrency": CODEC_CONCURRENCY})  # as the plan's bytes assume
+        group = zarr.open_group(self.store, mode="r+")
+        return Work(
+            volume=open_volume(self.volume),
+            picker=residents.named(self.picker),
+            plan=self.plan,
+            scores=member(group, "0"),
+            marks=member(group, "marks") if "marks" in group else None,
+            floor=self.floor,
+            negate=self.negate,
+            config=self.config,
+            mask=self.mask,
+            turns=residents.named(f"turns of {self.picker}", Turns),
+        )
+
+
+@contextmanager
+def assigned(work: Work, client: Any) -> Iterator[Address[Work]]:
+    """Yield the address of `work` for the workers of `client`, who hold its picker meanwhile.
+
+    Without a client it is the work itself. Raises PlanError for a store that other processes cannot see.
+    """
+    if client is None:
+        yield Here(work)
+        return
+    from tomocpt_stream.cluster import hold_on_workers
+
+    store, volume = shared(work.scores.store), shared(work.volume.store)
+    mask = work.mask
+    if mask is not None and not mask.tomogram.travels:
+        mask = mask.stored(store, "mask")
+    fingerprint = getattr(work.picker, "fingerprint", None)
+    name = f"picker {fingerprint or work.config} {getattr(work.picker, 'numerics', '')}"
+    address = WorkAddress(
+        volume=volume,
+        store=store,
+        picker=name,
+        plan=work.plan,
+        floor=work.floor,
+        negate=work.negate,
+        config=work.config,
+        mask=mask,
+        token=config_hash(
+            {
+                "stores": [str(store), str(volume)],
+                "config": work.config,
+                "plan": repr(work.plan),
+                "floor": work.floor,
+            }
+        ),
+    )
+    # A picker without a fingerprint is of no use to any later map.
+    with hold_on_workers(client, name, work.picker, for_good=fingerprint is not None):
+        yield address
+
+
+def shared(store: Store) -> Store:
+    """Return a store as other processes of this machine find it; one in memory is a PlanError."""
+    inner = store
+    while isinstance(inner, WrapperStore):
+        inner = inner._store
+    if isinstance(inner, MemoryStore):
+        raise PlanError(
+            "a store in the memory of this process, and a client",
+            expected="a store that every worker can read and write",
+            remedy="give a path on a disk that all workers see, or the store of a bucket",
+        )
+    if type(store) is LocalStore:  # workers may have another working directory
+        return LocalStore(store.root.absolute(), read_only=store.read_only)
+    return store
