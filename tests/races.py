@@ -68,7 +68,9 @@ class Interrupted(WrapperStore[Any]):
         self.happened = False
 
     def _with_store(self, store: Store) -> Interrupted:
-        raise NotImplementedError("the action must run once")
+        copy = Interrupted(store, *self._when, self._action)
+        copy.happened = True  # once is enough
+        return copy
 
     async def _interrupt(self, *call: str) -> None:
         if call == self._when and not self.happened:

@@ -15,8 +15,9 @@ import pytest
 import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from zarr.storage import MemoryStore
+from zarr.storage import LocalStore, MemoryStore
 
+from tests.races import Interrupted, race
 from tomocpt_stream import tiles
 from tomocpt_stream.errors import CheckpointError, PlanError, SourceError
 from tomocpt_stream.frame import Frame, working_grid
@@ -46,6 +47,11 @@ def tree(folder: Path) -> dict[str, bytes]:
     """Every file below a folder and its bytes."""
     files = (path for path in folder.rglob("*") if path.is_file())
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def data_of(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder and its bytes; receipts tell of the run and count by their names."""
+    return {name: b"" if name.startswith("receipts/") else data for name, data in tree(folder).items()}
 
 
 def voxels_of(volume: Volume, box: Any = slice(None)) -> Floats:
@@ -466,3 +472,60 @@ def test_a_tomogram_file_becomes_a_volume(shared_data: Path, tmp_path: Path) -> 
     if volume.fill is None:
         np.testing.assert_allclose(volume.percentiles, [p5, p50, p95], atol=1e-6 * (p95 - p5), rtol=0)
     assert volume.frame == source.frame
+
+
+INTERRUPTIONS = [
+    ("get", "zarr.json"),
+    ("put", "zarr.json"),
+    ("get", "0/zarr.json"),
+    ("set", "0/zarr.json"),
+    ("get", "fill/zarr.json"),
+    ("put", "receipts/volume/0.0.0.json"),
+    ("set", "0/c/0/0/0"),
+]
+
+
+@pytest.mark.parametrize(("method", "key"), INTERRUPTIONS)
+def test_another_run_in_between_changes_nothing(tmp_path: Path, method: str, key: str) -> None:
+    source = noise((70, 80, 90))
+    source[:, :20] = 0.0
+    ingest(tomogram(source), tmp_path / "once", voxel_size=12.0)
+    other = LocalStore(tmp_path / "both")
+    store = Interrupted(other, method, key, lambda: ingest(tomogram(source), other, voxel_size=12.0))
+    volume = ingest(tomogram(source), store, voxel_size=12.0)
+    assert store.happened
+    assert volume.percentiles == open_volume(tmp_path / "once").percentiles
+    assert data_of(tmp_path / "both") == data_of(tmp_path / "once")
+
+
+@pytest.mark.parametrize(("method", "key"), INTERRUPTIONS[:2])
+def test_one_of_two_claims_with_other_parameters_is_refused(tmp_path: Path, method: str, key: str) -> None:
+    source = noise((20, 30, 40))
+    other = LocalStore(tmp_path / "v")
+    store = Interrupted(other, method, key, lambda: ingest(tomogram(source), other, voxel_size=13.0))
+    with pytest.raises(CheckpointError, match=r"voxel_size = 13\.0 \(now 12\.0\)"):
+        ingest(tomogram(source), store, voxel_size=12.0)
+    assert open_volume(other).voxel_size == 13.0
+
+
+AT_ONCE = """
+import numpy as np
+from tomocpt_stream.tomogram import open_tomogram
+from tomocpt_stream.volume import ingest
+
+source = np.random.default_rng(0).normal(5.0, 20.0, (70, 80, 90)).astype(np.float32)
+source[:, :20] = 0.0
+for number in range(5):
+    meet(number)
+    volume = ingest(open_tomogram(source, voxel_size=10.0), f"{sys.argv[4]}{number}", voxel_size=12.0)
+print(json.dumps(volume.percentiles))
+"""
+
+
+def test_two_processes_ingest_into_one_store_at_once(tmp_path: Path) -> None:
+    source = noise((70, 80, 90))
+    source[:, :20] = 0.0
+    once = ingest(tomogram(source), tmp_path / "once", voxel_size=12.0)
+    assert race(AT_ONCE, tmp_path / "gate", str(tmp_path / "v")) == [list(once.percentiles)] * 2
+    for number in range(5):
+        assert data_of(tmp_path / f"v{number}") == data_of(tmp_path / "once")

@@ -14,6 +14,7 @@ import json
 import math
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -302,5 +303,6 @@ def _sweep(store: Store, started: float) -> None:
     """Delete the temporary files that killed runs left; those of this run's time may be in use."""
     if isinstance(store, LocalStore):
         for path in store.root.rglob("*.partial"):
-            if path.stat().st_mtime < started:
-                path.unlink(missing_ok=True)
+            with suppress(FileNotFoundError):  # another run has finished it meanwhile
+                if path.stat().st_mtime < started:
+                    path.unlink()
