@@ -6,13 +6,13 @@ import asyncio
 import json
 import subprocess
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zarr.storage import WrapperStore
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
-    from pathlib import Path
 
     from zarr.abc.store import Store
 
@@ -43,6 +43,7 @@ def race(code: str, gate: Path, *arguments: str, count: int = 2) -> list[Any]:
             [sys.executable, "-c", PREAMBLE + code, str(gate), str(number), str(count), *arguments],
             stdout=subprocess.PIPE,
             text=True,
+            cwd=Path(__file__).parents[1],
         )
         for number in range(count)
     ]

@@ -50,19 +50,19 @@ def victim(folder: Path) -> Path:
 
 
 class Failing(WrapperStore[Any]):
-    """A store whose next requests for a chunk fail with an error that no one knows."""
+    """A store whose next requests for a chunk fail."""
 
     def __init__(self, store: Store) -> None:
         super().__init__(store)
-        self.failures = 0
-        self.asked = 0
+        self.failures = self.asked = 0
+        self.error: Exception = RuntimeError("503 Slow Down")
 
     async def get(self, key: str, *arguments: Any, **options: Any) -> Any:
         if "/c/" in key:
             self.asked += 1
             if self.failures:
                 self.failures -= 1
-                raise RuntimeError("503 Slow Down")
+                raise self.error
         return await super().get(key, *arguments, **options)
 
 
@@ -139,16 +139,23 @@ def test_what_the_store_raises_comes_through() -> None:
         with pytest.raises(RuntimeError, match="503 Slow Down") as caught:
             array[GONE]
         assert not isinstance(caught.value, ActionableError)
-    store.failures = 0
-    np.testing.assert_array_equal(array[:], TRUTH)
+    store.failures = 1
+    sync(store.delete("0/c/1/0/2"))
+    with pytest.raises(CheckpointError, match="lost its object 0/c/1/0/2") as named:  # says more than 503
+        array[:]
+    assert "decoded" not in str(named.value)
 
 
-def test_a_wrong_index_reads_nothing() -> None:
+def test_who_fails_for_other_reasons_asks_no_more() -> None:
     store = Failing(MemoryStore())
     array = made(store)
     with pytest.raises(IndexError):
-        array.get_coordinate_selection(tuple(axis + 100 for axis in POINTS))
+        array[30, 0, 0]
     assert store.asked == 0
+    store.failures, store.error = 10**9, ConnectionResetError("reset by peer")
+    with pytest.raises(ConnectionResetError):
+        array[GONE]
+    assert store.asked == 1
 
 
 def test_whole_chunks_are_written_without_a_look_at_what_is_there(tmp_path: Path) -> None:

@@ -188,7 +188,10 @@ def test_a_killed_process_is_gone_on_with(tmp_path: Path, stage: str, calls: int
     litter = tmp_path / "cut" / "0" / "c" / "0.deadbeef.partial"
     litter.parent.mkdir(parents=True, exist_ok=True)
     litter.write_bytes(b"half a chunk")
+    ends_meanwhile = litter.with_name("0.cafe.partial")
+    ends_meanwhile.symlink_to("nowhere")  # listed, and not there when it is looked at
     ingest(tomogram(source), tmp_path / "cut", voxel_size=12.0)
+    ends_meanwhile.unlink()
     assert tree(tmp_path / "cut") == tree(tmp_path / "once")
 
 

@@ -1,0 +1,145 @@
+"""The store of a map: who claims it, whoever else does at that moment."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import zarr
+from zarr.storage import LocalStore, MemoryStore
+
+from tests.races import Interrupted, race
+from tests.scorers import SMALL, Identity
+from tomocpt_stream.blocks import plan_blocks
+from tomocpt_stream.errors import CheckpointError
+from tomocpt_stream.heatmap import PickOptions, predict
+from tomocpt_stream.receipts import read_json, write_bytes
+from tomocpt_stream.scoremap import Heatmap, claim_store, member
+from tomocpt_stream.tomogram import open_tomogram
+from tomocpt_stream.volume import ingest
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from zarr.abc.store import Store
+
+    from tomocpt_stream.volume import Volume
+
+SHAPE = (30, 40, 50)
+
+
+@pytest.fixture(scope="module")
+def volume() -> Volume:
+    source = np.random.default_rng(0).normal(size=SHAPE).astype(np.float32)
+    return ingest(open_tomogram(source, voxel_size=10.0), MemoryStore(), voxel_size=10.0)
+
+
+def claim(store: Store, volume: Volume, floor: float, **config: Any) -> dict[str, Any]:
+    plan = plan_blocks(volume.shape, SMALL, chunk=24)
+    return claim_store(store, volume, plan, {"mask": "some", **config}, floor=floor)
+
+
+def score(store: Store, volume: Volume, threshold: float) -> Heatmap:
+    options = PickOptions(60.0, stitch="crop", batch_size=3, threshold=threshold)
+    plan = plan_blocks(volume.shape, SMALL, stitch="crop", batch_size=3, chunk=24)
+    return predict(volume, Identity(), plan, store=store, options=options)
+
+
+CLAIMS = [
+    ("get", "zarr.json"),
+    ("list", ""),
+    ("put", "zarr.json"),
+    ("get", "0/zarr.json"),
+    ("set", "0/zarr.json"),
+    ("set", "marks/zarr.json"),
+]
+
+
+@pytest.mark.parametrize(("method", "key"), CLAIMS)
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_two_claims_agree_on_the_floor(
+    tmp_path: Path, volume: Volume, method: str, key: str, in_memory: bool
+) -> None:
+    inner: Store = MemoryStore() if in_memory else LocalStore(tmp_path / "m")
+    others: list[dict[str, Any]] = []
+    store = Interrupted(inner, method, key, lambda: others.append(claim(inner, volume, 0.01)))
+    ours = claim(store, volume, 0.05)
+    assert store.happened
+    assert ours == others[0] == (read_json(inner, "zarr.json") or {})["attributes"]["tomocpt_stream"]
+    assert ours["floor"] == (0.05 if key in ("0/zarr.json", "marks/zarr.json") else 0.01)
+    group = zarr.open_group(inner, mode="r")
+    for name, kind in (("0", "f4"), ("marks", "u1")):
+        array = member(group, name)
+        assert (array.shape, array.chunks, array.dtype) == (SHAPE, (24, 24, 24), np.dtype(kind))
+
+
+@pytest.mark.parametrize(("method", "key"), CLAIMS[:3])
+def test_the_second_claim_for_another_map_is_refused(volume: Volume, method: str, key: str) -> None:
+    inner = MemoryStore()
+    store = Interrupted(inner, method, key, lambda: claim(inner, volume, 0.05, stitch="hann"))
+    with pytest.raises(CheckpointError, match="another stitch"):
+        claim(store, volume, 0.05, stitch="crop")
+    assert claim(inner, volume, 0.05, stitch="hann")["config"]["stitch"] == "hann"
+
+
+def test_something_else_that_comes_in_between_is_not_touched(volume: Volume) -> None:
+    inner = MemoryStore()
+    store = Interrupted(inner, "list", "", lambda: write_bytes(inner, "photographs/1.jpg", b"..."))
+    with pytest.raises(CheckpointError, match="not a heat map"):
+        claim(store, volume, 0.05)
+    assert list(inner._store_dict) == ["photographs/1.jpg"]
+
+
+@pytest.mark.parametrize(("method", "key"), [*CLAIMS[:5], ("set", "0/c/0/0/0"), ("set", "0/c/1/1/2")])
+def test_another_prediction_in_between_changes_nothing(volume: Volume, method: str, key: str) -> None:
+    once = score(MemoryStore(), volume, 0.3)
+    inner = MemoryStore()
+    store = Interrupted(inner, method, key, lambda: score(inner, volume, 0.3))
+    found = score(store, volume, 0.3)
+    assert store.happened
+    assert np.asarray(found.array[:]).tobytes() == np.asarray(once.array[:]).tobytes()
+    assert found.candidate_table().tobytes() == once.candidate_table().tobytes()
+    assert found.finished == once.finished
+
+
+def test_predictions_with_two_thresholds_share_the_first_ones_floor(volume: Volume) -> None:
+    inner = MemoryStore()
+    store = Interrupted(inner, "put", "zarr.json", lambda: score(inner, volume, 0.01))
+    assert score(store, volume, 0.3).candidate_floor == 0.01
+
+
+AT_ONCE = """
+import numpy as np
+from tests.scorers import SMALL, Identity
+from tomocpt_stream.blocks import plan_blocks
+from tomocpt_stream.heatmap import PickOptions, predict
+from tomocpt_stream.volume import open_volume
+
+volume = open_volume(sys.argv[4])
+options = PickOptions(60.0, stitch="crop", batch_size=3, threshold=0.03 + 0.01 * ME)
+plan = plan_blocks(volume.shape, SMALL, stitch="crop", batch_size=3, chunk=24)
+found = []
+for number in range(5):
+    meet(number)
+    heatmap = predict(volume, Identity(), plan, store=f"{sys.argv[4]}-{number}", options=options)
+    found.append([heatmap.candidate_floor, len(heatmap.candidates())])
+print(json.dumps(found))
+"""
+
+
+def test_two_processes_predict_into_one_store_at_once(tmp_path: Path, volume: Volume) -> None:
+    source = np.asarray(volume.array[:])
+    ingest(open_tomogram(source, voxel_size=10.0), tmp_path / "v", voxel_size=10.0)
+    one, other = race(AT_ONCE, tmp_path / "gate", str(tmp_path / "v"))
+    assert one == other
+    for number, (floor, candidates) in enumerate(one):
+        assert floor in (0.03, 0.04)
+        folder = tmp_path / f"v-{number}"
+        stored = json.loads((folder / "zarr.json").read_text())["attributes"]["tomocpt_stream"]
+        assert stored["floor"] == floor
+        once = score(MemoryStore(), volume, floor)
+        assert len(once.candidates()) == candidates
+        chunks = zarr.open_array(folder, path="0", mode="r")
+        assert np.asarray(chunks[:]).tobytes() == np.asarray(once.array[:]).tobytes()
