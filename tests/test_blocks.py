@@ -64,6 +64,8 @@ def test_write_boxes_partition_the_map_in_whole_chunks(
     assume(len(plan.tasks) < 3000)
     written = np.zeros(shape, dtype=np.uint8)
     windows = 0
+    corners = [tuple(start for start, _ in task.write_spans) for task in plan.tasks]
+    assert corners == sorted(corners)
     for index, task in enumerate(plan.tasks):
         assert task.index == index
         written[task.write] += 1
@@ -198,13 +200,21 @@ def test_a_small_volume_stays_one_task(stitch: Any) -> None:
     assert len(plan_blocks((90, 90, 300), Window(), stitch="hann", workers=8).tasks) > 1
 
 
-def test_a_budget_that_does_not_fit_is_refused_for_any_number_of_workers() -> None:
-    tight = budget((300, 300, 300), Window(), 0.0, stitch="hann")
+# In the second volume no part of a column reads the whole depth, so that it needs less than the column.
+@pytest.mark.parametrize(("shape", "chunk"), [((300, 300, 300), None), ((75, 33, 99), 6)])
+def test_a_budget_below_a_column_is_refused_for_any_number_of_workers(shape: Any, chunk: Any) -> None:
+    tight = budget(shape, Window(), 0.0, chunk=chunk)
     for workers in (1, 2, 100):
-        plan = plan_blocks((300, 300, 300), Window(), stitch="hann", memory=tight, workers=workers)
+        plan = plan_blocks(shape, Window(), memory=tight, chunk=chunk, workers=workers)
         assert plan.projected_bytes <= tight
+        assert workers > 1 or plan.group[0] == -(-shape[0] // plan.chunk[0])
         with pytest.raises(PlanError, match="one column of chunks"):
-            plan_blocks((300, 300, 300), Window(), stitch="hann", memory=tight - 1, workers=workers)
+            plan_blocks(shape, Window(), memory=tight - 1, chunk=chunk, workers=workers)
+
+
+def test_workers_beyond_the_chunks_change_nothing() -> None:
+    few, more, most = (plan_blocks((300, 300, 300), Window(), workers=n) for n in (64, 65, 10**15))
+    assert few == more == most
 
 
 def test_without_a_budget_a_column_is_always_taken() -> None:
@@ -227,7 +237,7 @@ def test_tasks_are_a_lazy_sequence() -> None:
     assert [tasks[k] for k in range(-len(every), 0)] == every
     for part in (slice(1, 3), slice(None, None, -2), slice(-2, None), slice(5, 2)):
         assert list(tasks[part]) == every[part]
-    assert tasks[2:][0].index == 2
+    assert [task.index for task in tasks[2:][1::3][:2]] == [3, 6]
     assert list(reversed(tasks)) == every[::-1]
     assert every[1] in tasks
     assert tasks == plan.tasks

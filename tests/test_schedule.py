@@ -70,21 +70,42 @@ def test_the_choice_is_the_cheapest_of_the_first_to_finish(cuts: Any, workers: i
     assert found == min(equals, key=lambda choice: cost[choice])
 
 
-def test_many_tasks_are_not_counted_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def _choose(line: Any, *, workers: int = 2, needed: Any = None) -> int:
+    """Return which cut of one axis is taken; the other axes are whole."""
+    needed = [1] * len(line) if needed is None else needed
+    shaped = np.array(needed, dtype=np.int64).reshape(-1, 1, 1)
+    return first_to_finish([line, [(1,)], [(1,)]], shaped, limit=max(needed), workers=workers)[0]
+
+
+def test_of_those_that_end_about_as_early_the_cheapest_is_taken() -> None:
+    assert _choose([(50, 50), (52, 20)]) == 1  # 4 % later, for less work
+    assert _choose([(50, 50), (53, 10)]) == 0  # 6 % later
+    assert _choose([(50, 51), (50, 25, 25)]) == 1  # fewest windows before fewest tasks
+    assert _choose([(50, 25, 25), (50, 50)], needed=[1, 9]) == 1  # fewest tasks before fewest bytes
+    assert _choose([(50, 50), (50, 50)], needed=[9, 1]) == 1
+    assert _choose([(50, 50), (50, 50)]) == 0
+
+
+def test_the_bound_of_many_tasks_counts_the_small_ones_as_small() -> None:
+    assert _choose([(180,), (100,) + (1,) * 100]) == 1
+
+
+def test_the_end_of_few_tasks_is_counted_out() -> None:
+    assert _choose([(70, 20), (40, 40, 20, 20)]) == 1  # ends at 60; its bound is 80
+
+
+@pytest.mark.parametrize(("workers", "least"), [(2, 16), (4, 32), (1000, 1024)])
+def test_many_tasks_are_not_counted_out(monkeypatch: pytest.MonkeyPatch, workers: int, least: int) -> None:
     counted: list[int] = []
 
     def count(tasks: Any, workers: int) -> int:
-        counted.append(len(list(tasks)))
-        return counted[-1]
+        tasks = list(tasks)
+        counted.append(len(tasks))
+        return end(tasks, workers)
 
     monkeypatch.setattr(schedule, "end", count)
-    line = [(2,) * n for n in (1, 10, 16, 17, 1024, 1025, 5000)]
-    for workers in (2, 1000):
-        needed = np.ones((len(line), 1, 1), dtype=np.int64)
-        first_to_finish([line, [(1,)], [(1,)]], needed, limit=1, workers=workers)
-        assert counted
-        assert max(counted) <= min(1024, 8 * workers)
-        counted.clear()
+    _choose([(2**14 // n,) * n for n in (8, 16, 32, 64, 1024, 2048, 4096)], workers=workers)
+    assert max(counted) == least
 
 
 def test_numbers_of_windows_that_no_32_bits_hold() -> None:
