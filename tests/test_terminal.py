@@ -1,9 +1,13 @@
-"""What the commands show: lines of facts, rates, bars only where somebody looks."""
+"""What the commands show: lines of facts, bars where somebody looks, a log where nobody does."""
 
 from __future__ import annotations
 
-import sys
+import io
+import logging
+import re
 import warnings
+from contextlib import redirect_stderr
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,15 +15,19 @@ import pytest
 from tomocpt_stream.blocks import Window, plan_blocks
 from tomocpt_stream.errors import SourceError
 from tomocpt_stream.frame import working_grid
+from tomocpt_stream.progress import Tally
+from tomocpt_stream.progress_log import log_progress
 from tomocpt_stream.terminal import (
+    cluster_line,
     count,
     fact_lines,
     facts_line,
-    pace,
+    log_to_stderr,
+    on_terminal,
     plan_line,
-    progress_bar,
     rate,
     say_failure,
+    show_progress,
     show_warning,
 )
 from tomocpt_stream.tomogram import open_tomogram
@@ -31,11 +39,16 @@ def test_lines_carry_their_units() -> None:
     assert rate(tomogram, 2.0) == "3,000 voxels/s"
     grid = working_grid((100, 100, 100), 10.0, 14.5)
     plan = plan_blocks(grid.shape, Window())
-    line = plan_line(grid, plan)
-    assert "working voxel size 14.5 Å" in line
-    assert f"{plan.windows} windows of 64 x 64 x 64" in line
-    assert f"{plan.passes_per_voxel:.2f} passes per voxel" in line
-    assert f"{plan.projected_bytes / 1e9:.2f} GB" in line
+    assert plan_line(grid, plan) == f"  working voxel size 14.5 Å; {plan}"
+    assert plan_line(grid, plan, workers=3) == f"  working voxel size 14.5 Å; {plan} in each of 3 workers"
+    assert str(plan).endswith("GB")
+
+
+def test_a_cluster_is_its_size_and_where_to_look_at_it() -> None:
+    threads = {"tcp://10.0.0.2:3331": 2, "tcp://10.0.0.3:3332": 2}
+    line = cluster_line(threads, "tcp://10.0.0.1:8786", "http://10.0.0.1:8787/status")
+    assert line == ("2 workers, 4 threads at tcp://10.0.0.1:8786; dashboard http://10.0.0.1:8787/status")
+    assert cluster_line({"a": 1}, "inproc://here", None) == "1 worker, 1 thread at inproc://here"
 
 
 def test_facts_stand_in_columns_with_their_units() -> None:
@@ -63,37 +76,88 @@ def test_facts_stand_in_columns_with_their_units() -> None:
 
 def test_numbers_read_as_words() -> None:
     assert [count(number, "pick") for number in (0, 1, 2)] == ["0 picks", "1 pick", "2 picks"]
-    assert pace(0, 1.0, "steps") == pace(5, 0.0, "steps") == ""
-    assert pace(3, 2.0, "steps") == "1.5 steps/s"
-    assert pace(5_000_000, 2.0, "voxels") == "2.50 M voxels/s"
 
 
-def test_no_bar_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    with progress_bar() as progress:
-        progress("predict", 1, 2)
-        progress("predict", 2, 2)
-    captured = capsys.readouterr()
-    assert (captured.out, captured.err) == ("", "")
+class Screen(io.StringIO):
+    """A terminal that remembers."""
+
+    def isatty(self) -> bool:
+        return True
 
 
-def test_a_bar_with_rate_and_time_left_on_a_terminal(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.fixture
+def screen(monkeypatch: pytest.MonkeyPatch) -> Screen:
+    """A terminal of 120 columns."""
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "120")
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    with progress_bar() as progress:
-        for done in range(0, 11_000_000, 1_000_000):
-            progress("predict", done, 10_000_000)
-        progress("train", 1, 2)
-        progress("train", 2, 2)
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert "predict" in captured.err
-    assert "100%" in captured.err
-    assert "M voxels/s" in captured.err
-    assert "steps/s" in captured.err
-    assert "0:00:00" in captured.err
+    return Screen()
+
+
+def test_bars_where_somebody_looks(screen: Screen) -> None:
+    with redirect_stderr(screen), show_progress("TS_01") as progress:
+        progress("predict", 1, 2)
+        progress.workers("predict", [Tally("a"), Tally("b")])
+        progress("predict", 2, 2)
+    shown = screen.getvalue()
+    assert "predict" in shown
+    assert "100%" in shown
+
+
+@pytest.mark.parametrize("kind", ["dumb", "unknown"])
+def test_a_terminal_that_cannot_redraw_is_none(
+    screen: Screen, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    with redirect_stderr(screen):
+        assert on_terminal()
+        monkeypatch.setenv("TERM", kind)
+        assert not on_terminal()
+        with show_progress() as progress:
+            progress("predict", 1, 2)
+            progress("predict", 2, 2)
+    assert screen.getvalue() == ""
+
+
+def test_short_work_is_silent_where_nobody_looks(capsys: pytest.CaptureFixture[str]) -> None:
+    with log_to_stderr(), show_progress() as progress:
+        progress("predict", 1, 2)
+        progress("predict", 2, 2)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_long_work_is_logged_where_nobody_looks(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times = iter((0.0, 31.0))
+    slow = partial(log_progress, clock=lambda: next(times))
+    monkeypatch.setattr("tomocpt_stream.terminal.log_progress", slow)
+    with log_to_stderr(), show_progress("TS_01") as progress:
+        progress("predict", 0, 62)
+        progress("predict", 31, 62)
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert re.fullmatch(
+        r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d predict TS_01: 50.0 %, 1 voxels/s, 0:00:31 left\n", shown.err
+    )
+
+
+def test_the_log_on_a_terminal_needs_no_time_of_day(screen: Screen) -> None:
+    logger = logging.getLogger("tomocpt_stream.request")
+    with redirect_stderr(screen), log_to_stderr():
+        logger.info("waiting for %s", "a worker")
+        logger.debug("a detail")
+    assert screen.getvalue() == "waiting for a worker\n"
+
+
+def test_the_log_is_left_as_it_was(capsys: pytest.CaptureFixture[str]) -> None:
+    logger = logging.getLogger("tomocpt_stream")
+    before = logger.level, list(logger.handlers)
+    with log_to_stderr():
+        assert logger.isEnabledFor(logging.INFO)
+    with pytest.raises(KeyboardInterrupt), log_to_stderr():
+        raise KeyboardInterrupt
+    assert (logger.level, logger.handlers) == before
+    logger.info("nobody listens")
+    assert capsys.readouterr().err == ""
 
 
 def test_a_foreseen_failure_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,23 +5,21 @@ The modules that do the work are imported inside the commands, so that `--help` 
 
 from __future__ import annotations
 
-import time
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from tomocpt_stream.errors import ActionableError
+from tomocpt_stream.request import PickRequest, pick_all
 from tomocpt_stream.terminal import (
     count,
     fact_lines,
     facts_line,
+    log_to_stderr,
     plan_line,
-    progress_bar,
-    rate,
-    say_failure,
+    show_progress,
     show_warning,
     warn,
 )
@@ -29,13 +27,8 @@ from tomocpt_stream.terminal import (
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from tomocpt_stream.blocks import Stitch
-    from tomocpt_stream.destinations import Destination
-    from tomocpt_stream.formats import Format
-    from tomocpt_stream.heatmap import Contrast, PickOptions, Scorer
     from tomocpt_stream.phantom import Phantom
-    from tomocpt_stream.picks import Picks
-    from tomocpt_stream.tomogram import BeamAxis, Tomogram
+    from tomocpt_stream.tomogram import Tomogram
     from tomocpt_stream.training import Step
 
 UPSAMPLING_WARNED_BELOW = 0.75
@@ -66,6 +59,7 @@ def main() -> None:
     not, 2 that the command was not understood.
     """
     warnings.showwarning = show_warning
+    click.get_current_context().with_resource(log_to_stderr())
 
 
 def source_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -99,7 +93,11 @@ def plan_options(command: Callable[..., Any]) -> Callable[..., Any]:
             "--tta", is_flag=True, help="Average the scores of four mirror images: four times the work."
         ),
         click.option("--batch-size", type=click.IntRange(min=1), default=4, help="Windows scored at once."),
-        click.option("--memory", metavar="SIZE", help='Memory budget, such as "4 GB" or "800 MB".'),
+        click.option(
+            "--memory",
+            metavar="SIZE",
+            help='Memory budget, such as "4 GB" or "800 MB"; of each worker where there are several.',
+        ),
         click.option(
             "--device", default="auto", metavar="DEVICE", help="Where the network runs: auto, cpu, cuda."
         ),
@@ -107,6 +105,17 @@ def plan_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in reversed(options):
         command = option(command)
     return command
+
+
+def workers_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the option that spreads the work over processes."""
+    return click.option(
+        "--workers",
+        type=click.IntRange(min=1),
+        metavar="N",
+        help="Do the work in N processes on this machine: one for each GPU, or for each two cores.  "
+        "[default: in this process]",
+    )(command)
 
 
 @main.command("pick", short_help="Pick particles in tomograms; write STAR files.")
@@ -148,9 +157,16 @@ def plan_options(command: Callable[..., Any]) -> Callable[..., Any]:
     metavar="DIR",
     help="Keep working volumes and maps here, so that a killed run goes on.  [default: a temporary folder]",
 )
+@click.option("--verify", is_flag=True, help="Read back what was stored and compare it with its receipts.")
+@click.option(
+    "--scheduler",
+    metavar="ADDRESS|FILE",
+    help="Use the workers of a running dask cluster: tcp://HOST:PORT, or its scheduler file.",
+)
 @click.option(
     "--picture/--no-picture", default=True, help="Draw three slices with the picks beside the STAR."
 )
+@workers_option
 @source_options
 @plan_options
 def pick_command(**settings: Any) -> None:
@@ -159,112 +175,7 @@ def pick_command(**settings: Any) -> None:
     A tomogram is an .mrc, .rec or .map file (also .gz, .bz2), a zarr array or an OME-Zarr group. One
     that cannot be picked is reported with its reason, the others are done, and the exit code is 1.
     """
-    from tomocpt_stream.picker import load_picker
-
-    asked = PickRequest(**settings)
-    options = asked.options()
-    targets = asked.destinations()
-    picker = load_picker(asked.picker, device=asked.device)
-    done: list[Picks] = []
-    failed = []
-    for source, target in targets.items():
-        try:
-            _pick_one(source, target, asked, options, picker, done)
-        except Exception as error:  # one bad tomogram must not cost the picks of the others
-            failed.append(source)
-            say_failure(source, error)
-    if failed:
-        click.echo(f"{len(failed)} of {len(targets)} tomograms were not done: {', '.join(failed)}", err=True)
-        raise SystemExit(1)
-
-
-@dataclass(frozen=True)
-class PickRequest:
-    """What `tomocpt-stream pick` was asked for: a field for each of its options."""
-
-    tomograms: tuple[str, ...]
-    diameter: float
-    output: str
-    picker: str
-    stitch: Stitch
-    tta: bool
-    batch_size: int
-    memory: str | None
-    device: str
-    contrast: Contrast = "dark"
-    threshold: float = 0.3
-    min_distance: float | None = None
-    margin: float = 0.0
-    mask: str | None = None
-    star: Format = "relion31"
-    keep_heatmap: Path | None = None
-    scratch: Path | None = None
-    picture: bool = True
-    voxel_size: float | None = None
-    beam_axis: BeamAxis = "z"
-
-    def options(self) -> PickOptions:
-        """Return the options of the package's `pick`."""
-        from tomocpt_stream.heatmap import PickOptions
-
-        return PickOptions(
-            diameter=self.diameter,
-            threshold=self.threshold,
-            min_distance=self.min_distance,
-            contrast=self.contrast,
-            stitch=self.stitch,
-            tta=self.tta,
-            batch_size=self.batch_size,
-            margin=self.margin,
-        )
-
-    def destinations(self) -> dict[str, Destination]:
-        """Return where the answer for each tomogram goes."""
-        from tomocpt_stream.destinations import destinations
-
-        kept = [name for name in (self.mask, self.picker) if name is not None]
-        return destinations(self.tomograms, self.output, heatmaps=self.keep_heatmap, inputs=kept)
-
-
-def _pick_one(
-    source: str,
-    target: Destination,
-    asked: PickRequest,
-    options: PickOptions,
-    picker: Scorer,
-    done: list[Picks],
-) -> None:
-    """Pick one tomogram, write its STAR, then its picture; `done` are the picks of those before it."""
-    from tomocpt_stream.formats import write_picks
-    from tomocpt_stream.pipeline import min_distance, pick, plan_pick
-
-    tomogram = _open(source, asked.voxel_size, asked.beam_axis, target.name)
-    grid, plan = plan_pick(tomogram, picker, options, memory=asked.memory)
-    click.echo(facts_line(tomogram))
-    click.echo(plan_line(grid, plan))
-    click.echo(f"  spacing {min_distance(options):g} Å, threshold {options.threshold:g}")
-    began = time.perf_counter()
-    with progress_bar() as progress:
-        picks = pick(
-            tomogram,
-            picker,
-            options,
-            mask=asked.mask,
-            scratch=asked.scratch,
-            keep_heatmap=target.heatmap,
-            memory=asked.memory,
-            progress=progress,
-        )
-    seconds = time.perf_counter() - began
-    done.append(picks)
-    write_picks(done if target.shares_star else picks, target.star, format=asked.star)
-    click.echo(
-        f"  {count(len(picks), 'pick')} in {seconds:.1f} s ({rate(tomogram, seconds)}) -> {target.star}"
-    )
-    if asked.picture:
-        from tomocpt_stream.report import draw_picks
-
-        click.echo(f"  picture -> {draw_picks(tomogram, picks, target.picture, diameter=asked.diameter)}")
+    pick_all(PickRequest(**settings))
 
 
 @main.command("inspect", short_help="Say what a tomogram is and what picking costs.")
@@ -277,6 +188,7 @@ def _pick_one(
     help="PNG of the central slice with a circle of --diameter.  [default: NAME_size.png]",
 )
 @click.option("--picture/--no-picture", default=True, help="Draw that PNG where --diameter is given.")
+@workers_option
 @source_options
 @plan_options
 def inspect_command(source: str, diameter: float | None, output: Path | None, **settings: Any) -> None:
@@ -285,9 +197,11 @@ def inspect_command(source: str, diameter: float | None, output: Path | None, **
     With --diameter: the working voxel size, the plan in windows, passes per voxel and bytes, and a
     PNG of the central slice with a circle of that size.
     """
+    from tomocpt_stream.tomogram import open_tomogram
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the remarks say it again
-        tomogram = _open(source, settings["voxel_size"], settings["beam_axis"])
+        tomogram = open_tomogram(source, voxel_size=settings["voxel_size"], beam_axis=settings["beam_axis"])
     for line in fact_lines(tomogram.describe()):
         click.echo(line)
     for remark in tomogram.remarks():
@@ -317,6 +231,10 @@ def _inspect_plan(tomogram: Tomogram, diameter: float, settings: dict[str, Any])
     )
     grid, plan = plan_pick(tomogram, picker, options, memory=settings["memory"])
     click.echo(plan_line(grid, plan))
+    workers = settings["workers"]
+    if workers is not None:
+        _, plan = plan_pick(tomogram, picker, options, memory=settings["memory"], workers=workers)
+        click.echo(plan_line(grid, plan, workers=workers))
     ratio = grid.voxel_size / tomogram.voxel_size
     click.echo(f"  ratio of working to source voxel size {ratio:.3g}")
     if ratio < UPSAMPLING_WARNED_BELOW:
@@ -369,7 +287,7 @@ def simulate_command(output: Path, seed: int, particles: tuple[str, ...], **sett
 
     chosen: dict[str, Any] = settings | ({"particles": particles} if particles else {})
     refuse_overwriting(particles, output)
-    with progress_bar() as progress:
+    with show_progress() as progress:
         phantom = simulate_phantom(PhantomOptions(**chosen), seed=seed, name=output.stem, progress=progress)
     truth = _write_phantom(phantom, output, output.with_name(f"{output.stem}_truth.star"))
     click.echo(f"{facts_line(phantom.tomogram)} -> {output}")
@@ -406,7 +324,7 @@ def train_command(folder: Path, output: Path, workers: int, **settings: Any) -> 
 
     options = base_options(steps=settings.pop("steps"), seed=settings["seed"])
     recipe = Recipe(**settings, options=options)
-    with progress_bar() as progress:
+    with show_progress() as progress:
 
         def listen(step: Step) -> None:
             progress("train", step.step, step.steps)
@@ -432,32 +350,23 @@ def demo_command(output: Path, seed: int, **settings: Any) -> None:
     """Simulate a tomogram of shapes that the shipped picker never saw, pick it, compare with the truth."""
     from tomocpt_stream.evaluation import match
     from tomocpt_stream.phantom import SHAPES_HELD_OUT, PhantomOptions, simulate_phantom
-    from tomocpt_stream.picker import load_picker
 
     scene = PhantomOptions(particles=SHAPES_HELD_OUT[:4])
     path = output / "tomogram.mrc"
-    with progress_bar() as progress:
+    with show_progress() as progress:
         phantom = simulate_phantom(scene, seed=seed, name=path.stem, progress=progress)
     truth = _write_phantom(phantom, path, output / "truth.star")
     click.echo(f"simulated {count(len(phantom.picks()), 'particle')} -> {path}, {truth}")
     asked = PickRequest(
         tomograms=(str(path),), output=str(output / "picks.star"), diameter=scene.diameter, **settings
     )
-    target = asked.destinations()[str(path)]
-    done: list[Picks] = []
-    _pick_one(str(path), target, asked, asked.options(), load_picker(asked.picker, device=asked.device), done)
-    found = match(done[0], phantom.picks(), tolerance=scene.diameter / 2)
+    (picks,) = pick_all(asked)
+    found = match(picks, phantom.picks(), tolerance=scene.diameter / 2)
     apart = f"mean distance {found.mean_distance:.1f} Å" if found.tp else "no pick near a particle"
     click.echo(
         f"precision {found.precision:.3f}, recall {found.recall:.3f}, F1 {found.f1:.3f}, {apart}; "
         f"matched one to one within {scene.diameter / 2:g} Å"
     )
-
-
-def _open(source: str, voxel_size: float | None, beam_axis: BeamAxis, name: str | None = None) -> Tomogram:
-    from tomocpt_stream.tomogram import open_tomogram
-
-    return open_tomogram(source, voxel_size=voxel_size, beam_axis=beam_axis, name=name)
 
 
 def _write_phantom(phantom: Phantom, path: Path, truth: Path) -> Path:

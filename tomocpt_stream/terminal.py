@@ -1,9 +1,10 @@
-"""What the commands show on a terminal: results on stdout, bars, warnings and failures on stderr."""
+"""What the commands show: results on stdout; progress, warnings and failures on stderr."""
 
 from __future__ import annotations
 
+import logging
+import os
 import sys
-import time
 import traceback
 from contextlib import contextmanager
 from itertools import zip_longest
@@ -12,57 +13,60 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tomocpt_stream.errors import ActionableError
+from tomocpt_stream.progress_log import log_progress
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from tomocpt_stream.blocks import BlockPlan
     from tomocpt_stream.frame import Grid
-    from tomocpt_stream.progress import Progress
+    from tomocpt_stream.progress import WorkerProgress
     from tomocpt_stream.tomogram import Tomogram
 
 
 # Facts that are a box of voxels.
 _BOXES = ("shape", "file_shape", "chunks")
-# What the stages count that are not measured in voxels.
-_UNITS = {"simulate": "tomograms", "train": "steps"}
+
+
+def on_terminal() -> bool:
+    """Return whether somebody watches stderr on a terminal that can redraw its lines."""
+    return sys.stderr.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
 
 
 @contextmanager
-def progress_bar() -> Iterator[Progress]:
-    """Yield what draws a bar for each stage on stderr, with rate and time left; silent without a terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bars
+def show_progress(tomogram: str = "") -> Iterator[WorkerProgress]:
+    """Yield what draws bars on a terminal, and elsewhere logs a line for `tomogram` every 30 s."""
+    if not on_terminal():
+        yield log_progress(tomogram)
+        return
+    from tomocpt_stream.bars import show_bars
 
-    columns = (
-        TextColumn("  {task.description:<12}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TimeRemainingColumn(),
-    )
-    stages: dict[str, tuple[TaskID, float, int]] = {}
-    with Bars(
-        *columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()
-    ) as bars:
-
-        def report(stage: str, done: int, total: int) -> None:
-            if stage not in stages:
-                stages[stage] = (bars.add_task(stage, total=total, rate=""), time.perf_counter(), done)
-            task, began, before = stages[stage]
-            rate = pace(done - before, time.perf_counter() - began, _UNITS.get(stage, "voxels"))
-            bars.update(task, completed=done, total=total, rate=rate)
-
-        yield report
+    with show_bars() as progress:
+        yield progress
 
 
-def pace(count: int, seconds: float, unit: str) -> str:
-    """Return a rate with its unit, millions of them as such; nothing before there is one."""
-    if count <= 0 or seconds <= 0:
-        return ""
-    rate = count / seconds
-    return f"{rate / 1e6:.2f} M {unit}/s" if rate >= 1e5 else f"{rate:.3g} {unit}/s"
+@contextmanager
+def log_to_stderr() -> Iterator[None]:
+    """Show the log of the package on stderr, with the time of day unless it is a terminal."""
+    logger, handler = logging.getLogger("tomocpt_stream"), _Echo()
+    text = "%(message)s" if on_terminal() else "%(asctime)s %(message)s"
+    handler.setFormatter(logging.Formatter(text, datefmt="%Y-%m-%d %H:%M:%S"))
+    before = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)
+
+
+class _Echo(logging.Handler):
+    """Writes where stderr goes at that moment: above the bars while there are some."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print a record."""
+        click.echo(self.format(record), err=True)
 
 
 def facts_line(tomogram: Tomogram) -> str:
@@ -92,13 +96,16 @@ def _fact(key: str, value: Any) -> str:
     return f"{text}{unit}" if text else "none"
 
 
-def plan_line(grid: Grid, plan: BlockPlan) -> str:
-    """Return what a plan costs: windows, passes per voxel, bytes."""
-    z, y, x = plan.window.shape
-    return (
-        f"  working voxel size {grid.voxel_size:g} Å; {plan.windows:,} windows of {z} x {y} x {x}, "
-        f"{plan.passes_per_voxel:.2f} passes per voxel, at most {plan.projected_bytes / 1e9:.2f} GB"
-    )
+def plan_line(grid: Grid, plan: BlockPlan, *, workers: int = 1) -> str:
+    """Return what a plan costs: tasks, windows, passes per voxel, bytes of each worker."""
+    each = f" in each of {workers} workers" if workers > 1 else ""
+    return f"  working voxel size {grid.voxel_size:g} Å; {plan}{each}"
+
+
+def cluster_line(threads: Mapping[str, int], address: str, dashboard: str | None) -> str:
+    """Return the size of a cluster, its scheduler and where its dashboard is."""
+    seen = f"; dashboard {dashboard}" if dashboard else ""
+    return f"{count(len(threads), 'worker')}, {count(sum(threads.values()), 'thread')} at {address}{seen}"
 
 
 def rate(tomogram: Tomogram, seconds: float) -> str:

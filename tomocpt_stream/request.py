@@ -1,0 +1,243 @@
+"""What `tomocpt-stream pick` was asked for, and the doing of it: workers, tomograms, files."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from tomocpt_stream.errors import PlanError
+from tomocpt_stream.terminal import (
+    cluster_line,
+    count,
+    facts_line,
+    plan_line,
+    rate,
+    say_failure,
+    show_progress,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from tomocpt_stream.blocks import Stitch
+    from tomocpt_stream.destinations import Destination
+    from tomocpt_stream.formats import Format
+    from tomocpt_stream.heatmap import Contrast, PickOptions, Scorer
+    from tomocpt_stream.picks import Picks
+    from tomocpt_stream.tomogram import BeamAxis
+
+_LOGGER = logging.getLogger(__name__)
+# Those of dask that have a level of their own.
+_NOISY = ("distributed", "distributed.client")
+# By this the workers, which start later, get the level of the first.
+_NOISE = "DASK_LOGGING__DISTRIBUTED"
+
+
+@dataclass(frozen=True)
+class PickRequest:
+    """What `tomocpt-stream pick` was asked for: a field for each of its options."""
+
+    tomograms: tuple[str, ...]
+    diameter: float
+    output: str
+    picker: str
+    stitch: Stitch
+    tta: bool
+    batch_size: int
+    memory: str | None
+    device: str
+    contrast: Contrast = "dark"
+    threshold: float = 0.3
+    min_distance: float | None = None
+    margin: float = 0.0
+    mask: str | None = None
+    star: Format = "relion31"
+    keep_heatmap: Path | None = None
+    scratch: Path | None = None
+    verify: bool = False
+    workers: int | None = None
+    scheduler: str | None = None
+    picture: bool = True
+    voxel_size: float | None = None
+    beam_axis: BeamAxis = "z"
+
+    def __post_init__(self) -> None:
+        """Refuse two clusters at once."""
+        if self.workers is not None and self.scheduler is not None:
+            raise click.UsageError("--workers starts workers here and --scheduler uses those of a cluster.")
+
+    def options(self) -> PickOptions:
+        """Return the options of the package's `pick`."""
+        from tomocpt_stream.heatmap import PickOptions
+
+        return PickOptions(
+            diameter=self.diameter,
+            threshold=self.threshold,
+            min_distance=self.min_distance,
+            contrast=self.contrast,
+            stitch=self.stitch,
+            tta=self.tta,
+            batch_size=self.batch_size,
+            margin=self.margin,
+        )
+
+    def destinations(self) -> dict[str, Destination]:
+        """Return where the answer for each tomogram goes."""
+        from tomocpt_stream.destinations import destinations
+
+        kept = [name for name in (self.mask, self.picker) if name is not None]
+        return destinations(self.tomograms, self.output, heatmaps=self.keep_heatmap, inputs=kept)
+
+
+def pick_all(asked: PickRequest) -> list[Picks]:
+    """Pick every tomogram of a request, write what was asked for, and return the picks.
+
+    A tomogram that cannot be picked is reported with its reason and the others are done; SystemExit
+    with 1 follows at the end.
+    """
+    from tomocpt_stream.picker import load_picker
+
+    options, targets = asked.options(), asked.destinations()
+    picker = load_picker(asked.picker, device=asked.device)
+    done: list[Picks] = []
+    failed = []
+    with workers(asked) as client:
+        for source, target in targets.items():
+            if client is not None and client.status == "closed":  # the scheduler is gone, as was said
+                failed.append(source)
+                continue
+            try:
+                _pick_one(source, target, asked, options, picker, client, done)
+            except Exception as error:  # one bad tomogram must not cost the picks of the others
+                failed.append(source)
+                say_failure(source, error)
+    if failed:
+        click.echo(f"{len(failed)} of {len(targets)} tomograms were not done: {', '.join(failed)}", err=True)
+        raise SystemExit(1)
+    return done
+
+
+@contextmanager
+def workers(asked: PickRequest) -> Iterator[Any]:
+    """Yield a client of the workers that were asked for; None where this process is to do the work.
+
+    Raises
+    ------
+    JobError
+        No scheduler answers.
+    PlanError
+        The workers cannot see the temporary folder of this machine, and there is no other.
+    """
+    if asked.workers is None and asked.scheduler is None:
+        yield None
+        return
+    from tomocpt_stream.cluster import dashboard, local_cluster
+    from tomocpt_stream.connection import await_worker, connect
+
+    with ExitStack() as stack:
+        stack.enter_context(_quiet_dask())
+        if asked.scheduler is None:
+            client = stack.enter_context(local_cluster(asked.workers))
+        else:
+            client = stack.enter_context(connect(asked.scheduler))
+        _refuse_unseen(asked, client)
+        if not client.nthreads():
+            _LOGGER.info("waiting for the first worker of %s", client.scheduler.address)
+            await_worker(client)
+        click.echo(cluster_line(client.nthreads(), client.scheduler.address, dashboard(client)))
+        yield client
+
+
+@contextmanager
+def _quiet_dask() -> Iterator[None]:
+    """Keep dask from printing the traceback of each try, unless DASK_LOGGING__DISTRIBUTED asks for it.
+
+    A task that fails every time is named in the end.
+    """
+    if _NOISE in os.environ:
+        yield
+        return
+    loggers = [logging.getLogger(name) for name in _NOISY]
+    levels = [logger.level for logger in loggers]
+    os.environ[_NOISE] = "critical"
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        del os.environ[_NOISE]
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _refuse_unseen(asked: PickRequest, client: Any) -> None:
+    """Refuse workers on other machines where the working files would go into a temporary folder."""
+    from tomocpt_stream.connection import on_this_machine
+
+    if asked.scratch is None and not on_this_machine(client):
+        raise PlanError(
+            f"--scheduler {asked.scheduler} without --scratch: its workers cannot see the temporary folder "
+            "of this machine",
+            expected="--scratch with a folder that this machine and every worker see under the same path",
+            remedy="add --scratch DIR on a shared file system",
+        )
+
+
+def _pick_one(
+    source: str,
+    target: Destination,
+    asked: PickRequest,
+    options: PickOptions,
+    picker: Scorer,
+    client: Any,
+    done: list[Picks],
+) -> None:
+    """Pick one tomogram, write its STAR, then its picture; `done` are the picks of those before it."""
+    from tomocpt_stream.formats import write_picks
+    from tomocpt_stream.pipeline import min_distance, pick, plan_pick
+    from tomocpt_stream.tomogram import open_tomogram
+
+    tomogram = open_tomogram(source, voxel_size=asked.voxel_size, beam_axis=asked.beam_axis, name=target.name)
+    grid, plan = plan_pick(tomogram, picker, options, memory=asked.memory, workers=_count(client))
+    click.echo(facts_line(tomogram))
+    click.echo(plan_line(grid, plan, workers=_count(client)))
+    click.echo(f"  spacing {min_distance(options):g} Å, threshold {options.threshold:g}")
+    began = time.perf_counter()
+    with show_progress(tomogram.name) as progress:
+        picks = pick(
+            tomogram,
+            picker,
+            options,
+            mask=asked.mask,
+            scratch=asked.scratch,
+            keep_heatmap=target.heatmap,
+            memory=asked.memory,
+            verify=asked.verify,
+            client=client,
+            progress=progress,
+        )
+    seconds = time.perf_counter() - began
+    done.append(picks)
+    write_picks(done if target.shares_star else picks, target.star, format=asked.star)
+    click.echo(
+        f"  {count(len(picks), 'pick')} in {seconds:.1f} s ({rate(tomogram, seconds)}) -> {target.star}"
+    )
+    if asked.picture:
+        from tomocpt_stream.report import draw_picks
+
+        click.echo(f"  picture -> {draw_picks(tomogram, picks, target.picture, diameter=asked.diameter)}")
+
+
+def _count(client: Any) -> int:
+    if client is None:
+        return 1
+    from tomocpt_stream.cluster import worker_count
+
+    return worker_count(client)
