@@ -17,8 +17,9 @@ from tomocpt_stream.blocks import CODEC_CONCURRENCY
 from tomocpt_stream.errors import PlanError
 from tomocpt_stream.receipts import config_hash
 from tomocpt_stream.scoremap import member
-from tomocpt_stream.scoring import Turns, Work
+from tomocpt_stream.scoring import Work
 from tomocpt_stream.stages import Here, residents
+from tomocpt_stream.sweep import Turns
 from tomocpt_stream.volume import open_volume
 
 if TYPE_CHECKING:

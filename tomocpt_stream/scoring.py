@@ -7,10 +7,8 @@ follow from the lattice alone, its receipt is put after its data, and the first 
 from __future__ import annotations
 
 import math
-import threading
 import time
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -19,121 +17,41 @@ import numpy as np
 from tomocpt_stream.blocks import NEIGHBOURHOOD, box_of, spans_of
 from tomocpt_stream.circumstances import circumstances
 from tomocpt_stream.duplicates import compare, sha256
-from tomocpt_stream.errors import SourceError
 from tomocpt_stream.peaks import CANDIDATE, MAX_CANDIDATES, REACH, flood, scan_block
 from tomocpt_stream.receipts import Receipts, write_bytes
-from tomocpt_stream.stitch import Stitcher
-from tomocpt_stream.windows import Rows
+from tomocpt_stream.sweep import Scoring, Sweep, value_range
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-    from typing import Self
-
     import numpy.typing as npt
     import zarr
 
-    from tomocpt_stream.blocks import BlockPlan, Index, Span, Task
-    from tomocpt_stream.mask import Mask
+    from tomocpt_stream.blocks import Index, Span, Task
     from tomocpt_stream.stages import Report
-    from tomocpt_stream.volume import Volume
+    from tomocpt_stream.stitch import Stitcher
 
 SCORED, ALLOWED = 1, 2  # bits of the map's marks: a window was scored there; a pick may lie there
 
 RECEIPTS = "heatmap"
 
 
-class Turns:
-    """Who may read ahead and who may compute, among the tasks that one process runs at a time.
-
-    One task computes; one other reads its first row meanwhile, and waits with nothing else in memory.
-    The reader's turn ends when its last row is read, so that only one task at a time reads ahead.
-    """
-
-    def __init__(self) -> None:
-        self.reading = threading.Lock()
-        self.computing = threading.Lock()
-
-
-@dataclass(frozen=True)
-class Work:
-    """What every task of one map shares.
+@dataclass(frozen=True, kw_only=True)
+class Work(Scoring):
+    """What every task of one stored map shares.
 
     `scores` and `marks` are the stored arrays (marks: None where every voxel is scored and allowed),
     `floor` is the score above which a task keeps candidates, `config` the hash of all that the map
     depends on.
     """
 
-    volume: Volume
-    picker: Any
-    plan: BlockPlan
     scores: zarr.Array[Any]
     marks: zarr.Array[Any] | None
     floor: float
-    negate: bool
     config: str
-    mask: Mask | None = None
-    turns: Turns = field(default_factory=Turns)
 
     @cached_property
     def receipts(self) -> Receipts:
         """The receipts of the map's chunks."""
         return Receipts(self.scores.store, RECEIPTS)
-
-
-class Batches:
-    """Windows collected to batches of one fixed size; the last one is padded with zeros.
-
-    The size of a batch is part of the numerics: the same window scored in another batch size may
-    differ in its last bits, in another place of a batch it does not.
-    """
-
-    def __init__(
-        self, picker: Any, plan: BlockPlan, deliver: Callable[[Index, npt.NDArray[np.float32]], None]
-    ) -> None:
-        self._picker, self._tta, self._deliver = picker, plan.tta, deliver
-        self._voxels = np.zeros((plan.batch_size, *plan.window.shape), dtype=np.float32)
-        self._indices: list[Index] = []
-        self.windows = 0
-        self.seconds = 0.0
-
-    def push(self, index: Index, voxels: npt.NDArray[np.float32]) -> None:
-        """Take a copy of what window `index` sees; score when the batch is full."""
-        self._voxels[len(self._indices)] = voxels
-        self._indices.append(index)
-        if len(self._indices) == len(self._voxels):
-            self.flush()
-
-    def flush(self) -> None:
-        """Score the windows collected so far and deliver them in the order they came."""
-        if not self._indices:
-            return
-        self._voxels[len(self._indices) :] = 0
-        started = time.perf_counter()
-        scores = self._score_views() if self._tta else self._score(self._voxels)
-        self.seconds += time.perf_counter() - started
-        self.windows += len(self._indices)
-        for index, window in zip(self._indices, scores, strict=False):
-            self._deliver(index, window)
-        self._indices.clear()
-
-    def _score_views(self) -> npt.NDArray[np.float32]:
-        """Return the mean over the identity and a flip of each axis."""
-        total = self._score(self._voxels.copy()).copy()  # a picker may write to what it is given
-        for axis in (1, 2, 3):
-            flipped = np.ascontiguousarray(np.flip(self._voxels, axis))
-            total += np.flip(self._score(flipped), axis)
-        total *= np.float32(0.25)
-        return total
-
-    def _score(self, batch: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        scores = np.asarray(self._picker.score(batch), dtype=np.float32)
-        if scores.shape != batch.shape:
-            raise SourceError(
-                f"the picker returned scores of shape {scores.shape} for a batch of {batch.shape}",
-                expected="one score for each voxel of each window",
-                remedy="mend the picker's score method",
-            )
-        return scores
 
 
 def score_task(task: Task, work: Work, report: Report) -> int:
@@ -153,58 +71,20 @@ def score_task(task: Task, work: Work, report: Report) -> int:
         return 0
     spared = whole - count(todo.window_spans)
     voxels = math.prod(work.plan.shape) / work.plan.windows
-    with ExitStack() as held:
-        reading = held.enter_context(_Turn(work.turns.reading))
-        rows = held.enter_context(Rows(work.volume, work.plan, todo, negate=work.negate, mask=work.mask))
-        held.enter_context(_Turn(work.turns.computing))
-        stitcher = Stitcher(work.plan, todo)
-        batches = Batches(work.picker, work.plan, stitcher.add)
-        layers = _Layers(todo, work, stitcher, done)
-        passed = spared
+    with Sweep(todo, work) as under_way:
+        layers = _Layers(todo, work, under_way.stitcher, done)
 
         def tell() -> None:
-            numbers = {"done": passed, "windows": batches.windows, "voxels": batches.windows * voxels}
-            numbers |= {"bytes_read": rows.bytes_read, "computing": batches.seconds, "waited": rows.waited}
+            numbers = under_way.numbers() | {"done": spared + under_way.passed}
+            numbers["voxels"] = numbers["windows"] * voxels
             report(numbers | {"seconds": time.perf_counter() - began})
 
-        for row in rows:
-            if rows.is_last:
-                reading.end()
-            for y in range(*todo.window_spans[1]):
-                for x in range(*todo.window_spans[2]):
-                    if rows.is_left_out(y, x):
-                        stitcher.skip((row, y, x))
-                    else:
-                        batches.push((row, y, x), rows.window(y, x))
-                    passed += 1
-                if y < todo.window_spans[1][1] - 1:
-                    tell()
+        for row in under_way.rows(tell):
             if layers.is_due(row):
-                batches.flush()
+                under_way.flush()
                 layers.finish(row)
             tell()  # the last of a row counts when what the row completes is stored
         return layers.candidates
-
-
-class _Turn:
-    """A lock held for a while; it may be given back before the `with` statement ends."""
-
-    def __init__(self, lock: threading.Lock) -> None:
-        self._lock = lock
-        self._held = False
-
-    def __enter__(self) -> Self:
-        self._held = self._lock.acquire()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.end()
-
-    def end(self) -> None:
-        """Give the lock back."""
-        if self._held:
-            self._held = False
-            self._lock.release()
 
 
 def count(spans: tuple[Span, Span, Span]) -> int:
@@ -268,13 +148,7 @@ class _Layers:
         work = self._work
         inside = tuple(slice(a - zero, b - zero) for (a, b), zero in zip(chunk, origin, strict=True))
         scores = np.ascontiguousarray(block[inside])
-        low, high = float(scores.min()), float(scores.max())
-        if not np.isfinite((low, high)).all():
-            raise SourceError(
-                f"the picker's scores of {work.volume.name} in the chunk {box_of(chunk)} are not all numbers",
-                expected="finite scores",
-                remedy="check the picker on a smaller volume",
-            )
+        low, high = value_range(scores, chunk, work)
         marks = self._marks(chunk)
         around, corner = _around(block, origin, chunk)
         settled = _settled(chunk, corner, around.shape, work.plan.shape)
