@@ -19,6 +19,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import yaml
+from dask.utils import parse_bytes, parse_timedelta
 from distributed.cli import dask_scheduler, dask_worker
 
 from tomocpt_stream.__main__ import main
@@ -197,6 +198,9 @@ def dask(words: Words) -> None:
         assert context.params["nthreads"] == THREADS
         # dask's default is the share of the memory that two threads are of all cores
         assert context.params["memory_limit"] != "auto"
+        parse_bytes(context.params["memory_limit"])
+        parse_timedelta(context.params["lifetime"])
+        parse_timedelta(context.params["lifetime_stagger"])
 
 
 def load_script(path: Path) -> ModuleType:
@@ -323,6 +327,14 @@ def tar(words: Words) -> None:
     assert (len(words) > 1) == (words[0] == "c")
 
 
+def export(words: Words) -> None:
+    """A setting of dask is one that it has, with a value of its kind."""
+    name, _, value = words[0].partition("=")
+    if name.startswith("DASK_"):
+        assert name == "DASK_DISTRIBUTED__WORKER__LIFETIME__DURATION"
+        parse_timedelta(value)
+
+
 def trivial(words: Words) -> None:
     """A command of the shell itself with one word."""
     assert len(words) == 1
@@ -343,5 +355,5 @@ CHECKS: dict[str, Callable[[Words], None]] = {
     "helm": helm,
     "tar": tar,
     "source": trivial,
-    "export": trivial,
+    "export": export,
 }

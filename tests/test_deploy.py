@@ -64,6 +64,9 @@ def test_a_command_of_a_readme_is_right(line: str) -> None:
         "dask worker --scheduler-file a.json --nthreads 2 --memory-limit 0 --no-such 1",
         "dask worker --scheduler-file a.json --nthreads 4 --memory-limit 0",
         "dask worker --scheduler-file a.json --nthreads 2",
+        "dask worker tcp://a:1 --nthreads 2 --memory-limit 4GX",
+        "dask worker tcp://a:1 --nthreads 2 --memory-limit 0 --lifetime 7h50m",
+        "export DASK_DISTRIBUTED__WORKER__LIFETIME__DURATION=7h50m",
         "dask scheduler --scheduler-fil",
         "dask cuda worker --lifetime 7h",
         "python deploy/local/pick_local.py a.mrc",
@@ -82,7 +85,7 @@ def test_a_command_of_a_readme_is_right(line: str) -> None:
     ],
 )
 def test_a_wrong_command_is_noticed(line: str) -> None:
-    with pytest.raises((AssertionError, ClickException, SystemExit, FileNotFoundError)):
+    with pytest.raises((AssertionError, ClickException, SystemExit, FileNotFoundError, ValueError)):
         check(line)
 
 
