@@ -101,6 +101,8 @@ def test_another_prediction_in_between_changes_nothing(volume: Volume, method: s
     assert store.happened
     assert np.asarray(found.array[:]).tobytes() == np.asarray(once.array[:]).tobytes()
     assert found.candidate_table().tobytes() == once.candidate_table().tobytes()
+    for summary in (found.finished, once.finished):  # which candidates are seams goes with the tasks
+        assert len(summary.pop("seams_sha256")) == 64
     assert found.finished == once.finished
 
 

@@ -20,6 +20,7 @@ import zarr
 from tomocpt_stream.assignment import assigned, shared
 from tomocpt_stream.blocks import CODEC_CONCURRENCY, STITCHES, Stitch, Window, box_of
 from tomocpt_stream.dispatch import run_jobs
+from tomocpt_stream.duplicates import sha256
 from tomocpt_stream.errors import PlanError
 from tomocpt_stream.mask import MaskLike, open_mask
 from tomocpt_stream.peaks import CANDIDATE, MAX_CANDIDATES, flood, order, scan
@@ -251,7 +252,8 @@ def _finish(work: Work, address: Address[Work], client: Any) -> dict[str, Any]:
     write_bytes(work.scores.store, SEAMS, seams.tobytes())
     # Every chunk has its receipt now, so that a table which none names was left by a run that was killed.
     delete_but(work.scores.store, "candidates/", tables)
-    return {"minimum": low, "maximum": high, "scored": scored, "candidates": candidates}
+    summary = {"minimum": low, "maximum": high, "scored": scored, "candidates": candidates}
+    return {**summary, "seams_sha256": sha256(seams)}
 
 
 def _settle_seam(box: tuple[Span, Span, Span], work: Work, report: Report) -> bytes:
