@@ -50,7 +50,7 @@ SBATCH = takes(
     "--output --partition --account --dependency --wrap",
     "--parsable",
 )
-SRUN = takes("--cpus-per-task --kill-on-bad-exit --ntasks-per-node --gpus-per-node")
+SRUN = takes("--cpus-per-task --kill-on-bad-exit --ntasks-per-node --gpus-per-node --output")
 # Of `dask cuda worker`, dask-cuda 26.10.
 DASK_CUDA = takes(
     "--scheduler-file --nthreads --memory-limit --device-memory-limit --local-directory --interface "

@@ -13,6 +13,7 @@ import pytest
 from tests.command_lines import (
     DEPLOY,
     SBATCH,
+    SRUN,
     check_words,
     keywords,
     load_script,
@@ -41,7 +42,7 @@ PROGRAMS = {
     "activate": 'PATH="$LOG/bin:$PATH"',
     "squeue": 'echo "$SQUEUE"',
     "srun": """
-        while [[ $1 == --* ]]; do shift; done
+        while [[ $1 == --* ]]; do echo "$1" >> "$LOG/srun.$$"; shift; done
         trap 'kill $(jobs -p)' TERM
         for ((task = 0; task < SLURM_NTASKS; task++)); do "$@" & done
         wait""",
@@ -122,6 +123,8 @@ def test_the_job_starts_a_scheduler_workers_and_the_pick(tmp_path: Path) -> None
     for words in (["dask", "scheduler", *scheduler], ["dask", *workers[0]], ["tomocpt-stream", *pick]):
         check_words(words)
     assert len(workers) == 4
+    (given,) = called(tmp_path, "srun")
+    assert split(given, SRUN)[0]["--cpus-per-task"] == "8"
     assert "32768MiB" in workers[0]
     assert 3850 <= int(workers[0][workers[0].index("--lifetime") + 1].removesuffix("s")) <= 3880
     assert pick[-3:] == ["a b.mrc", "--diameter", "290"]
@@ -148,6 +151,7 @@ def test_the_job_ends_when_its_workers_have_left(tmp_path: Path) -> None:
 def test_the_job_ends_when_there_is_no_scheduler(tmp_path: Path) -> None:
     done = submit(tmp_path, "a.mrc", SCHEDULER_FAILS="yes")
     assert done.returncode == 1
+    assert "scheduler-77.log" in done.stderr
     assert not called(tmp_path, "pick")
 
 
