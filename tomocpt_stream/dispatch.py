@@ -57,7 +57,7 @@ def _run_here(
     ahead = iter(jobs)
 
     def report(numbers: Mapping[str, float]) -> None:
-        tally.running = {"job": dict(numbers)}
+        tally.running["job"] = {**tally.running.get("job", {}), **numbers}
         try:
             watch([tally])
         except Exception as error:
@@ -69,7 +69,7 @@ def _run_here(
         try:
             answer = stage.function(job.payload, opened, report)
         except _Stopped as stopped:
-            raise stopped.why from None
+            raise stopped.why from stopped.why.__cause__
         except Exception as error:
             tally.running = {}
             if attempts.failed(job, error):
