@@ -74,7 +74,7 @@ _T = TypeVar("_T")
 TTA_VIEWS = 4  # identity and a flip of each axis
 
 # What a plan may allocate when the caller names no budget, the network's own bytes apart.
-DEFAULT_BUFFERS = 640_000_000
+DEFAULT_BUFFERS = 800_000_000
 # Smallest edge of a stored chunk: 96³ float32 is 3.5 MB, a good object size for disks and stores.
 _CHUNK_EDGE = 96
 # What allocator, codecs, receipts and lists hold beside the buffers; 30 to 60 MB were measured.
@@ -356,8 +356,11 @@ def _task_bytes(plan: BlockPlan, cuts: _Cuts) -> npt.NDArray[np.int64]:
     z, y, x = _mesh(cuts, lambda cut: cut.read)
     rows = rows + np.minimum(z, depth) * (_READ_BYTES + _MARK_BYTES) * y * x
     _, y, x = _mesh(cuts, lambda cut: cut.known)
-    scores = _SCORE_BYTES * held_planes(plan) * y * x
-    batches = 4 * plan.window.voxels * (plan.batch_size * (4 if plan.tta else 2) + CACHED_WEIGHTS)
+    # Beside the scores that are being laid together, a copy of the layer that is being stored.
+    layer = min(plan.shape[0], plan.chunk[0] + 2 * NEIGHBOURHOOD)
+    scores = (_SCORE_BYTES * held_planes(plan) + (_SCORE_BYTES + 1) * layer) * y * x
+    # One batch is scored, one collected; its answer and, for views, a flipped copy and the sum.
+    batches = 4 * plan.window.voxels * (plan.batch_size * (5 if plan.tta else 3) + CACHED_WEIGHTS)
     # One chunk while it is finished: its scores, marks, neighbourhood maxima and the weights scored.
     chunk = math.prod(min(n, c) + 2 * NEIGHBOURHOOD for n, c in zip(plan.shape, plan.chunk, strict=True))
     return rows + scores + (batches + 24 * chunk + CODEC_CONCURRENCY * 2 * _CODEC_CHUNK + _OVERHEAD)

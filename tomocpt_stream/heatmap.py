@@ -23,11 +23,12 @@ from tomocpt_stream.dispatch import run_jobs
 from tomocpt_stream.duplicates import sha256
 from tomocpt_stream.errors import PlanError
 from tomocpt_stream.mask import MaskLike, open_mask
+from tomocpt_stream.patience import PatientStore
 from tomocpt_stream.peaks import CANDIDATE, MAX_CANDIDATES, flood, order, scan
 from tomocpt_stream.progress import Progress, Tally, WorkerProgress, silent, total
 from tomocpt_stream.receipts import StoreLike, as_store, config_hash, delete_but, write_bytes
 from tomocpt_stream.scoremap import SEAMS, Heatmap, allowed_ones, claim_store, member, open_heatmap
-from tomocpt_stream.scoring import Work, count, score_task
+from tomocpt_stream.scoring import Work, score_task
 from tomocpt_stream.seams import unsettled
 from tomocpt_stream.stages import Job, Stage
 from tomocpt_stream.volume import ATTRIBUTE
@@ -156,13 +157,14 @@ def predict(  # noqa: PLR0913  (the public signature of the design)
     """
     _check_request(volume, picker, plan, options)
     allowed = None if mask is None else open_mask(mask, volume.frame, volume.grid)
-    negate = options.contrast != _trained_contrast(picker)
+    negate = is_negated(picker, options)
     config = _config(volume, picker, plan, negate=negate, mask=allowed)
     target = as_store(store) if client is None else shared(as_store(store))
-    attributes = claim_store(target, volume, plan, config, floor=min(CANDIDATE_FLOOR, options.threshold))
+    asked = PatientStore(target)
+    attributes = claim_store(asked, volume, plan, config, floor=min(CANDIDATE_FLOOR, options.threshold))
     if "finished" in attributes:
         return open_heatmap(target)
-    group = zarr.open_group(target, mode="r+")
+    group = zarr.open_group(asked, mode="r+")
     work = Work(
         volume=volume,
         picker=picker,
@@ -195,7 +197,7 @@ def _score(work: Work, address: Address[Work], client: Any, progress: Progress) 
         done = work.receipts.names()
         for task in plan.tasks:
             if all(key in done for key, _ in plan.chunks_of(task.write_spans)):
-                spared += count(task.window_spans)
+                spared += task.window_count
             else:
                 yield Job(f"task {task.index + 1} of {len(plan.tasks)} ({_label(task.write_spans)})", task)
 
@@ -286,10 +288,13 @@ def _check_request(volume: Volume, picker: Scorer, plan: BlockPlan, options: Pic
         )
 
 
-def _trained_contrast(picker: Scorer) -> str:
-    """Return how protein looks to a picker; one that does not say sees it dark."""
+def is_negated(picker: Scorer, options: PickOptions) -> bool:
+    """Return whether protein looks the other way round than the picker was trained to see it.
+
+    A picker that does not say sees it dark.
+    """
     metadata = getattr(picker, "metadata", None) or {}
-    return str(metadata.get("contrast", "dark"))
+    return options.contrast != str(metadata.get("contrast", "dark"))
 
 
 def _config(

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 import time
+from concurrent.futures import wait
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -22,6 +23,9 @@ from tomocpt_stream.receipts import Receipts, write_bytes
 from tomocpt_stream.sweep import Scoring, Sweep, value_range
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future
+    from typing import Self
+
     import numpy.typing as npt
     import zarr
 
@@ -65,14 +69,13 @@ def score_task(task: Task, work: Work, report: Report) -> int:
     keys = [key for key, _ in work.plan.chunks_of(task.write_spans)]
     done = frozenset(work.receipts.present(keys))
     todo = _what_is_left(task, work, done)
-    whole = count(task.window_spans)
+    whole = task.window_count
     if todo is None:
         report({"done": whole})
         return 0
-    spared = whole - count(todo.window_spans)
+    spared = whole - todo.window_count
     voxels = math.prod(work.plan.shape) / work.plan.windows
-    with Sweep(todo, work) as under_way:
-        layers = _Layers(todo, work, under_way.stitcher, done)
+    with _Layers(todo, work, done) as layers, Sweep(todo, work) as under_way:
 
         def tell() -> None:
             numbers = under_way.numbers() | {"done": spared + under_way.passed}
@@ -80,16 +83,11 @@ def score_task(task: Task, work: Work, report: Report) -> int:
             report(numbers | {"seconds": time.perf_counter() - began})
 
         for row in under_way.rows(tell):
-            if layers.is_due(row):
+            if layers.is_due(row, under_way.stitcher):
                 under_way.flush()
-                layers.finish(row)
-            tell()  # the last of a row counts when what the row completes is stored
-        return layers.candidates
-
-
-def count(spans: tuple[Span, Span, Span]) -> int:
-    """Return the number of lattice points in a box of them."""
-    return math.prod(last - first for first, last in spans)
+                layers.finish(row, under_way.stitcher)
+            tell()
+    return layers.candidates
 
 
 def _what_is_left(task: Task, work: Work, done: frozenset[str]) -> Task | None:
@@ -101,56 +99,98 @@ def _what_is_left(task: Task, work: Work, done: frozenset[str]) -> Task | None:
     return task if span == task.write_spans[0] else work.plan.task_over(task, span)
 
 
-class _Layers:
-    """The layers of chunks of a task, finished one after the other as rows of windows complete them."""
+class _Block(NamedTuple):
+    """A layer of chunks and the planes that its peaks look at; `origin` is the voxel where it starts.
 
-    def __init__(self, task: Task, work: Work, stitcher: Stitcher, done: frozenset[str]) -> None:
-        self._task, self._work, self._stitcher, self._done = task, work, stitcher, done
+    `scored` says where in the layer a window was scored; None where every voxel was.
+    """
+
+    scores: npt.NDArray[np.float32]
+    origin: Index
+    layer: Span
+    scored: npt.NDArray[np.bool_] | None
+
+
+class _Layers:
+    """The layers of chunks of a task, finished one after the other as rows of windows complete them.
+
+    A layer is copied and stored by the process' writer, while the task goes on; where the task is at
+    its end, while the next one begins. Leaving the context waits for the last one.
+    """
+
+    def __init__(self, task: Task, work: Work, done: frozenset[str]) -> None:
+        self._task, self._work, self._done = task, work, done
         step, (start, stop) = work.plan.chunk[0], task.write_spans[0]
         self._left = [(z, min(z + step, stop)) for z in range(start, stop, step)]
+        self._stored: Future[None] | None = None
         self.candidates = 0
 
-    def is_due(self, row: int) -> bool:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._stored is not None:
+            wait([self._stored])
+            if kind is None:
+                self._stored.result()
+
+    def is_due(self, row: int, stitcher: Stitcher) -> bool:
         """Return whether the next layer's planes, and those its peaks look at, are complete."""
         if not self._left:
             return False
         needed = min(self._left[0][1] + REACH, self._task.known_spans[0][1])
-        return self._stitcher.complete(row) >= needed
+        return stitcher.complete(row) >= needed
 
-    def finish(self, row: int) -> None:
-        """Store every layer that is due: its chunks, then their candidates, then their receipts."""
-        while self.is_due(row):
-            layer = self._left.pop(0)
-            known = self._task.known_spans
-            z = (max(layer[0] - REACH, known[0][0]), min(layer[1] + REACH, known[0][1]))
-            block = self._stitcher.planes(z, row)
-            origin = (z[0], known[1][0], known[2][0])
-            for key, box in self._work.plan.chunks_of((layer, *self._task.write_spans[1:])):
+    def finish(self, row: int, stitcher: Stitcher) -> None:
+        """Hand every layer that is due to the writer: chunks, then their candidates, then receipts."""
+        turns = self._work.turns
+        while self.is_due(row, stitcher):
+            turns.storing.acquire()  # one layer at a time, of whichever task
+            try:
+                if self._stored is not None:
+                    self._stored.result()
+                layer = self._left.pop(0)
+                known = self._task.known_spans
+                z = (max(layer[0] - REACH, known[0][0]), min(layer[1] + REACH, known[0][1]))
+                block = _Block(stitcher.planes(z, row).copy(), (z[0], known[1][0], known[2][0]), layer, None)
+                if self._work.marks is not None:
+                    section = self._task.write_spans[1:]
+                    block = block._replace(scored=stitcher.scored((layer, *section)))
+                stitcher.release(layer[1] - NEIGHBOURHOOD)
+                self._stored = turns.writer.submit(self._store_layer, block)
+            except BaseException:
+                turns.storing.release()
+                raise
+
+    def _store_layer(self, block: _Block) -> None:
+        try:
+            for key, box in self._work.plan.chunks_of((block.layer, *self._task.write_spans[1:])):
                 if key not in self._done:
-                    self._store(key, spans_of(box), block, origin)
-            self._stitcher.release(layer[1] - NEIGHBOURHOOD)
+                    self._store(key, spans_of(box), block)
+        finally:
+            self._work.turns.storing.release()
 
-    def _marks(self, chunk: tuple[Span, Span, Span]) -> npt.NDArray[np.uint8] | None:
+    def _marks(self, chunk: tuple[Span, Span, Span], block: _Block) -> npt.NDArray[np.uint8] | None:
         """Return the marks of a chunk; None where every voxel is scored and allowed."""
-        if self._work.marks is None:
+        if block.scored is None:
             return None
-        marks = self._stitcher.scored(chunk) * np.uint8(SCORED)
+        corner = (block.layer[0], self._task.write_spans[1][0], self._task.write_spans[2][0])
+        z, y, x = (slice(a - zero, b - zero) for (a, b), zero in zip(chunk, corner, strict=True))
+        marks = block.scored[z, y, x] * np.uint8(SCORED)
         if self._work.mask is None:
             marks |= np.uint8(ALLOWED)
         else:
             marks |= self._work.mask.inside(chunk) * np.uint8(ALLOWED)
         return marks
 
-    def _store(
-        self, key: str, chunk: tuple[Span, Span, Span], block: npt.NDArray[np.float32], origin: Index
-    ) -> None:
+    def _store(self, key: str, chunk: tuple[Span, Span, Span], block: _Block) -> None:
         """Store a chunk, its marks and its candidates, then its receipt; the first receipt stays."""
         work = self._work
-        inside = tuple(slice(a - zero, b - zero) for (a, b), zero in zip(chunk, origin, strict=True))
-        scores = np.ascontiguousarray(block[inside])
+        inside = tuple(slice(a - zero, b - zero) for (a, b), zero in zip(chunk, block.origin, strict=True))
+        scores = np.ascontiguousarray(block.scores[inside])
         low, high = value_range(scores, chunk, work)
-        marks = self._marks(chunk)
-        around, corner = _around(block, origin, chunk)
+        marks = self._marks(chunk, block)
+        around, corner = _around(block.scores, block.origin, chunk)
         settled = _settled(chunk, corner, around.shape, work.plan.shape)
         constant = bool(around.min() == around.max())
         found = np.zeros(0, dtype=CANDIDATE)

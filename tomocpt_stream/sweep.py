@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ from tomocpt_stream.windows import Rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from concurrent.futures import Executor, Future
     from typing import Self
 
     import numpy.typing as npt
@@ -30,15 +32,20 @@ if TYPE_CHECKING:
 
 
 class Turns:
-    """Who may read ahead and who may compute, among the tasks that one process runs at a time.
+    """Who may read ahead, compute and store, among the tasks that one process runs at a time.
 
     One task computes; one other reads its first row meanwhile, and waits with nothing else in memory.
-    The reader's turn ends when its last row is read, so that only one task at a time reads ahead.
+    The reader's turn ends when its last row is read, so that only one task at a time reads ahead. The
+    picker runs on a thread of its own, so that its device never waits while scores are laid together;
+    finished layers are stored by another one, and only one of them is held at a time.
     """
 
     def __init__(self) -> None:
         self.reading = threading.Lock()
         self.computing = threading.Lock()
+        self.storing = threading.Lock()
+        self.device = ThreadPoolExecutor(1, "score")
+        self.writer = ThreadPoolExecutor(1, "store")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,43 +67,65 @@ class Batches:
     """Windows collected to batches of one fixed size; the last one is padded with zeros.
 
     The size of a batch is part of the numerics: the same window scored in another batch size may
-    differ in its last bits, in another place of a batch it does not.
+    differ in its last bits, in another place of a batch it does not. While one batch is scored on the
+    `device` thread, the one before it is delivered and the next one is collected.
     """
 
     def __init__(
-        self, picker: Any, plan: BlockPlan, deliver: Callable[[Index, npt.NDArray[np.float32]], None]
+        self,
+        picker: Any,
+        plan: BlockPlan,
+        deliver: Callable[[Index, npt.NDArray[np.float32]], None],
+        device: Executor,
     ) -> None:
-        self._picker, self._tta, self._deliver = picker, plan.tta, deliver
-        self._voxels = np.zeros((plan.batch_size, *plan.window.shape), dtype=np.float32)
+        self._picker, self._tta, self._deliver, self._device = picker, plan.tta, deliver, device
+        size = (plan.batch_size, *plan.window.shape)
+        self._voxels, self._other = np.zeros(size, dtype=np.float32), np.zeros(size, dtype=np.float32)
         self._indices: list[Index] = []
+        self._sent: tuple[list[Index], Future[npt.NDArray[np.float32]]] | None = None
         self.windows = 0
         self.seconds = 0.0
 
     def push(self, index: Index, voxels: npt.NDArray[np.float32]) -> None:
-        """Take a copy of what window `index` sees; score when the batch is full."""
+        """Take a copy of what window `index` sees; send the batch when it is full."""
         self._voxels[len(self._indices)] = voxels
         self._indices.append(index)
         if len(self._indices) == len(self._voxels):
-            self.flush()
+            self._send()
 
     def flush(self) -> None:
-        """Score the windows collected so far and deliver them in the order they came."""
-        if not self._indices:
-            return
-        self._voxels[len(self._indices) :] = 0
-        started = time.perf_counter()
-        scores = self._score_views() if self._tta else self._score(self._voxels)
-        self.seconds += time.perf_counter() - started
-        self.windows += len(self._indices)
-        for index, window in zip(self._indices, scores, strict=False):
-            self._deliver(index, window)
-        self._indices.clear()
+        """Score the windows collected so far and deliver all that are left, in the order they came."""
+        if self._indices:
+            self._send()
+        self._collect()
 
-    def _score_views(self) -> npt.NDArray[np.float32]:
+    def _send(self) -> None:
+        self._voxels[len(self._indices) :] = 0
+        sent = self._indices, self._device.submit(self._answer, self._voxels)
+        self._collect()  # the batch before: its buffer is free when it has been delivered
+        self._sent, self._indices = sent, []
+        self._voxels, self._other = self._other, self._voxels
+
+    def _collect(self) -> None:
+        if self._sent is None:
+            return
+        indices, answer = self._sent
+        self._sent = None
+        for index, window in zip(indices, answer.result(), strict=False):
+            self._deliver(index, window)
+        self.windows += len(indices)
+
+    def _answer(self, voxels: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        began = time.perf_counter()
+        scores = self._score_views(voxels) if self._tta else self._score(voxels)
+        self.seconds += time.perf_counter() - began
+        return scores
+
+    def _score_views(self, voxels: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         """Return the mean over the identity and a flip of each axis."""
-        total = self._score(self._voxels.copy()).copy()  # a picker may write to what it is given
+        total = self._score(voxels.copy()).copy()  # a picker may write to what it is given
         for axis in (1, 2, 3):
-            flipped = np.ascontiguousarray(np.flip(self._voxels, axis))
+            flipped = np.ascontiguousarray(np.flip(voxels, axis))
             total += np.flip(self._score(flipped), axis)
         total *= np.float32(0.25)
         return total
@@ -131,11 +160,13 @@ class Sweep:
             self._rows = held.enter_context(rows)
             held.enter_context(_Turn(scoring.turns.computing))
             self.stitcher = Stitcher(scoring.plan, task)
-            self._batches = Batches(scoring.picker, scoring.plan, self.stitcher.add)
+            device = scoring.turns.device
+            self._batches = Batches(scoring.picker, scoring.plan, self.stitcher.add, device)
             self._held = held.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
+        del self.stitcher  # before the next task begins
         self._held.close()
 
     def rows(self, tell: Callable[[], None] = lambda: None) -> Iterator[int]:
