@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 import shlex
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,7 +29,7 @@ def blocks(language: str) -> list[str]:
 def test_the_example_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (example,) = blocks("python")
+    example, _ = blocks("python")
     assert len([line for line in example.splitlines() if line.strip()]) == 5
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(tomocpt_stream, "load_picker", lambda source: NamedBlobPicker())
@@ -38,6 +40,19 @@ def test_the_example_runs(
     assert capsys.readouterr().out.startswith("2 ")
     found = read_picks("TS_01.star")["TS_01"]
     assert sorted(np.round(found.zyx).tolist()) == centres.tolist()
+
+
+def test_the_example_on_a_cluster_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, example = blocks("python")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tomocpt_stream, "load_picker", NamedBlobPicker)
+    monkeypatch.setattr(
+        "tomocpt_stream.cluster.local_cluster", nullcontext
+    )
+    write_mrc("TS_01.mrc", blobs((30, 50, 44), np.array([[8.0, 10.0, 9.0]])), 290 / 8)
+    names: dict[str, Any] = {"__name__": "__main__"}
+    exec(compile(example, "README.md", "exec"), names)
+    assert np.round(names["picks"].zyx).tolist() == [[8.0, 10.0, 9.0]]
 
 
 def test_there_are_commands() -> None:
@@ -68,7 +83,7 @@ def test_every_module_is_in_the_table() -> None:
 
 
 def test_the_readme_stays_short() -> None:
-    assert len(README.splitlines()) <= 150
+    assert len(README.splitlines()) <= 180
 
 
 @pytest.mark.parametrize("name", re.findall(r"`make (\w+)`|^    make (\w+)", README, flags=re.MULTILINE))
