@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import pickle
+import shutil
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,6 +12,7 @@ import pytest
 import zarr
 from zarr.storage import LocalStore, MemoryStore
 
+from tests.cuts import budget
 from tests.races import Interrupted, race
 from tests.scorers import SMALL, Identity
 from tomocpt_stream.blocks import plan_blocks
@@ -17,6 +20,7 @@ from tomocpt_stream.errors import CheckpointError
 from tomocpt_stream.heatmap import PickOptions, predict
 from tomocpt_stream.receipts import read_json, write_bytes
 from tomocpt_stream.scoremap import Heatmap, claim_store, member
+from tomocpt_stream.stored import OwnStore
 from tomocpt_stream.tomogram import open_tomogram
 from tomocpt_stream.volume import ingest
 
@@ -41,9 +45,12 @@ def claim(store: Store, volume: Volume, floor: float, **config: Any) -> dict[str
     return claim_store(store, volume, plan, {"mask": "some", **config}, floor=floor)
 
 
-def score(store: Store, volume: Volume, threshold: float) -> Heatmap:
+def score(store: Store, volume: Volume, threshold: float, *, tasks: bool = False) -> Heatmap:
     options = PickOptions(60.0, stitch="crop", batch_size=3, threshold=threshold)
-    plan = plan_blocks(volume.shape, SMALL, stitch="crop", batch_size=3, chunk=24)
+    cut: dict[str, Any] = {"stitch": "crop", "batch_size": 3, "chunk": 24}
+    memory = budget(volume.shape, SMALL, 0, **cut) if tasks else None
+    plan = plan_blocks(volume.shape, SMALL, memory=memory, **cut)
+    assert (len(plan.tasks) > 1) == tasks
     return predict(volume, Identity(), plan, store=store, options=options)
 
 
@@ -110,6 +117,32 @@ def test_predictions_with_two_thresholds_share_the_first_ones_floor(volume: Volu
     inner = MemoryStore()
     store = Interrupted(inner, "put", "zarr.json", lambda: score(inner, volume, 0.01))
     assert score(store, volume, 0.3).candidate_floor == 0.01
+
+
+def test_a_chunk_that_is_lost_before_the_seams_are_searched_is_named(tmp_path: Path, volume: Volume) -> None:
+    victim = tmp_path / "m" / "0" / "c" / "0" / "0" / "0"
+    for damage, says in (
+        (victim.unlink, "has lost its object"),
+        (lambda: victim.write_bytes(b"x"), "cut short"),
+    ):
+        shutil.rmtree(tmp_path / "m", ignore_errors=True)
+        store = Interrupted(LocalStore(tmp_path / "m"), "put", "receipts/heatmap/1.1.2.json", damage)
+        with pytest.raises(CheckpointError, match=says) as caught:
+            score(store, volume, 0.3, tasks=True)
+        assert "0/c/0/0/0" in str(caught.value)
+        assert store.happened
+
+
+def test_a_map_travels_by_the_address_of_its_store(tmp_path: Path, volume: Volume) -> None:
+    heatmap = score(LocalStore(tmp_path / "m"), volume, 0.3)
+    parcel = pickle.dumps(heatmap)
+    assert len(parcel) < 500
+    again: Heatmap = pickle.loads(parcel)
+    assert again.store == LocalStore(tmp_path / "m")
+    assert not isinstance(again.array.store, OwnStore)
+    (tmp_path / "m" / "0" / "c" / "0" / "0" / "0").unlink()
+    with pytest.raises(CheckpointError, match="0/c/0/0/0"):
+        again.to_dask()[0, 0, 0].compute(scheduler="synchronous")
 
 
 AT_ONCE = """
