@@ -172,6 +172,17 @@ def test_a_receipt_cut_short_is_named(store: Store, content: bytes) -> None:
     assert receipts.names() == {"0", "1"}
 
 
+def test_a_store_is_not_mended_by_deleting_what_says_what_it_is(store: Store) -> None:
+    for key, remedy in {
+        "receipts/map/1.json": "delete that object",
+        "zarr.json": "delete this store",
+    }.items():
+        write_bytes(store, key, b'{"n": ')
+        with pytest.raises(CheckpointError, match=f"the object {key} of the store") as caught:
+            read_json(store, key)
+        assert caught.value.remedy == f"{remedy} and run again"
+
+
 def test_objects_are_read_in_the_order_asked_for(store: Store) -> None:
     for number in range(5):
         write_bytes(store, f"candidates/{number}", bytes([number]))

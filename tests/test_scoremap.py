@@ -19,7 +19,7 @@ from tomocpt_stream.blocks import plan_blocks
 from tomocpt_stream.errors import CheckpointError
 from tomocpt_stream.heatmap import PickOptions, predict
 from tomocpt_stream.receipts import read_json, write_bytes
-from tomocpt_stream.scoremap import Heatmap, claim_store, member
+from tomocpt_stream.scoremap import Heatmap, claim_store, member, open_heatmap
 from tomocpt_stream.stored import OwnStore
 from tomocpt_stream.tomogram import open_tomogram
 from tomocpt_stream.volume import ingest
@@ -131,6 +131,18 @@ def test_a_chunk_that_is_lost_before_the_seams_are_searched_is_named(tmp_path: P
             score(store, volume, 0.3, tasks=True)
         assert "0/c/0/0/0" in str(caught.value)
         assert store.happened
+
+
+@pytest.mark.parametrize("content", [None, b'{"shape": [1', b""])
+def test_an_array_without_its_metadata_is_named(
+    tmp_path: Path, volume: Volume, content: bytes | None
+) -> None:
+    heatmap = score(LocalStore(tmp_path), volume, 0.3)
+    (tmp_path / "0" / "zarr.json").unlink()
+    if content is not None:
+        (tmp_path / "0" / "zarr.json").write_bytes(content)
+    with pytest.raises(CheckpointError, match=f"{tmp_path.as_posix()} has no array '0' that can be opened"):
+        open_heatmap(heatmap.store)
 
 
 def test_a_map_travels_by_the_address_of_its_store(tmp_path: Path, volume: Volume) -> None:

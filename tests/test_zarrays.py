@@ -21,8 +21,10 @@ from zarr.codecs import (
     TransposeCodec,
     ZstdCodec,
 )
+from zarr.core.buffer import default_buffer_prototype
 from zarr.storage import LocalStore, MemoryStore
 
+from tomocpt_stream import patience
 from tomocpt_stream.errors import BrokenSourceError, SourceError
 from tomocpt_stream.zarrays import ZarrVoxels, address_of
 
@@ -273,21 +275,42 @@ def test_travels_and_serves_threads(tmp_path: Path) -> None:
         found.read(ALL)
 
 
-def test_a_store_that_fails_once_is_not_called_corrupt(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("layout", ["v3-blosc", "shards"])
+def test_a_store_that_fails_is_not_called_corrupt(monkeypatch: pytest.MonkeyPatch, layout: str) -> None:
     store = MemoryStore()
-    found = voxels(make(store))
-    real, calls = MemoryStore.get, []
+    found = voxels(make(store, layout))
+    real, failures = MemoryStore.get, 2
 
     async def flaky(self: MemoryStore, *arguments: Any, **options: Any) -> Any:
-        calls.append(arguments)
-        if len(calls) == 1:
+        nonlocal failures
+        failures -= 1
+        if failures >= 0:
             raise OSError("reset by peer")
         return await real(self, *arguments, **options)
 
     monkeypatch.setattr(MemoryStore, "get", flaky)
+    monkeypatch.setattr(patience, "_pause", lambda _: 0.0)
+    box = (slice(0, 2),) * 3
+    np.testing.assert_array_equal(found.read(box), TRUTH[box])
+    failures = 1_000
     with pytest.raises(
-        SourceError, match=r"could not be read once .reset by peer., and could when asked again"
-    ):
+        SourceError, match=r"failed 3 times to get .*c/0/0/0 .OSError: reset by peer."
+    ) as caught:
+        found.read(box)
+    assert "decoded" not in str(caught.value)
+
+
+def test_an_object_that_arrives_broken_once_is_not_called_corrupt(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = voxels(make(MemoryStore(), "v3-gzip"))
+    real, calls = MemoryStore.get, []
+
+    async def garbled(self: MemoryStore, *arguments: Any, **options: Any) -> Any:
+        calls.append(arguments)
+        raw = await real(self, *arguments, **options)
+        return raw if len(calls) > 1 else default_buffer_prototype().buffer.from_bytes(b"x" * 100)
+
+    monkeypatch.setattr(MemoryStore, "get", garbled)
+    with pytest.raises(SourceError, match=r"could not be read once .*, and could when asked again"):
         found.read((slice(0, 2),) * 3)
 
 

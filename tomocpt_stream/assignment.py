@@ -15,6 +15,7 @@ from zarr.storage import LocalStore, MemoryStore, WrapperStore
 
 from tomocpt_stream.blocks import CODEC_CONCURRENCY
 from tomocpt_stream.errors import PlanError
+from tomocpt_stream.patience import PatientStore
 from tomocpt_stream.receipts import config_hash
 from tomocpt_stream.scoremap import member
 from tomocpt_stream.scoring import Work
@@ -52,7 +53,7 @@ class WorkAddress:
     def open(self) -> Work:
         """Return the work on the picker that this process holds."""
         zarr.config.set({"async.concurrency": CODEC_CONCURRENCY})  # as the plan's bytes assume
-        group = zarr.open_group(self.store, mode="r+")
+        group = zarr.open_group(PatientStore(self.store), mode="r+")
         return Work(
             volume=open_volume(self.volume),
             picker=residents.named(self.picker),

@@ -38,7 +38,7 @@ class PatientStore(WrapperStore[Store]):
     """
 
     def __init__(self, store: Store, kind: type[ActionableError] = JobError) -> None:
-        super().__init__(store._store if isinstance(store, PatientStore) else store)
+        super().__init__(bare(store))
         self._kind = kind
 
     def __str__(self) -> str:
@@ -117,6 +117,11 @@ class PatientStore(WrapperStore[Store]):
             expected="a store that answers",
             remedy="check its disk, or connection and credentials, and run again: what is done is kept",
         ) from error
+
+
+def bare(store: Store) -> Store:
+    """Return a store without the patience around it."""
+    return store._store if isinstance(store, PatientStore) else store
 
 
 def _pause(tries: int) -> float:

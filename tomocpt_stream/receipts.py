@@ -112,10 +112,12 @@ def _as_json(key: str, data: bytes) -> dict[str, Any]:
     try:
         return dict(json.loads(data))
     except (ValueError, TypeError) as error:
+        # What a lost receipt said is found out again; what a store is, is not.
+        lost = "that object" if key.startswith(f"{PREFIX}/") else "this store"
         raise CheckpointError(
             f"the object {key} of the store is no JSON ({len(data)} bytes: {error})",
             expected="a whole JSON object",
-            remedy="delete that object and run again",
+            remedy=f"delete {lost} and run again",
         ) from error
 
 

@@ -24,6 +24,7 @@ from zarr.errors import ContainsArrayError
 from tomocpt_stream.blocks import box_of
 from tomocpt_stream.errors import CheckpointError
 from tomocpt_stream.frame import Frame, Grid
+from tomocpt_stream.patience import PatientStore
 from tomocpt_stream.peaks import CANDIDATE, MAX_CANDIDATES, flood, order, scan
 from tomocpt_stream.receipts import (
     Receipts,
@@ -60,8 +61,9 @@ class Heatmap:
     """
 
     def __init__(self, store: Store, attributes: dict[str, Any]) -> None:
-        group = zarr.open_group(store, mode="r")
         self.store = store
+        self._asked = PatientStore(store)
+        group = zarr.open_group(self._asked, mode="r")
         self.array: zarr.Array[Any] = member(group, "0")
         self.marks = member(group, "marks") if "marks" in group else None
         self.name = str(attributes["name"])
@@ -130,13 +132,13 @@ class Heatmap:
         if self.is_constant:
             return np.zeros(0, dtype=CANDIDATE)
         tables, names = [], [SEAMS]
-        for key, receipt in Receipts(self.store, RECEIPTS).each():
+        for key, receipt in Receipts(self._asked, RECEIPTS).each():
             # A table of none is not read; in maps of before the tables had a name their chunks' key was it.
             names += [receipt.get("table", f"candidates/{key}")] if receipt["candidates"] else []
             if receipt["constant"] and receipt["maximum"] > self.candidate_floor:
                 box = box_of(receipt["settled"])
                 tables.append(self._allowed(scan(self.array, box, self.candidate_floor, name=self.name)))
-        tables += [self._table(name, data) for name, data in read_each(self.store, names)]
+        tables += [self._table(name, data) for name, data in read_each(self._asked, names)]
         table = np.concatenate(tables)
         if len(table) != self.finished["candidates"]:
             raise CheckpointError(
@@ -181,7 +183,7 @@ def open_heatmap(store: StoreLike) -> Heatmap:
         There is no map in the store, or it is not finished.
     """
     target = as_store(store)
-    attributes = _attributes(target)
+    attributes = _attributes(PatientStore(target))
     if attributes is None or "finished" not in attributes:
         state = "holds no heat map" if attributes is None else "holds a heat map that is not finished"
         raise CheckpointError(
@@ -279,10 +281,14 @@ def member(group: zarr.Group, name: str) -> CheckedArray:
 
     zarr 3.1 forgets with a reopened array that empty chunks are to be written.
     """
-    array = group[name]
+    array: object = None
+    with suppress(KeyError, ValueError):  # it is not there, or its metadata are no JSON
+        array = group[name]
     if not isinstance(array, zarr.Array):
         raise CheckpointError(
-            f"{name!r} in the store is no array", expected="a heat map's store", remedy="predict again"
+            f"{group.store} has no array {name!r} that can be opened",
+            expected="what `predict` laid out",
+            remedy="delete this store and predict again",
         )
     return checked(array.with_config({"write_empty_chunks": True}))
 

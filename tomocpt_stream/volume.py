@@ -25,6 +25,7 @@ from zarr.storage import LocalStore
 from tomocpt_stream.errors import CheckpointError, PlanError
 from tomocpt_stream.frame import RULES, Frame, Grid, Rule, working_grid
 from tomocpt_stream.ingestion import CheckedSource, Ingestion, settle_fill, settle_percentiles, volume_array
+from tomocpt_stream.patience import PatientStore
 from tomocpt_stream.progress import Progress, silent
 from tomocpt_stream.receipts import Receipts, as_store, claim_group, config_hash, read_json
 from tomocpt_stream.stored import checked
@@ -122,7 +123,7 @@ def ingest(
     started = time.time()
     grid = working_grid(tomogram.shape, tomogram.voxel_size, voxel_size, rule)
     target = as_store(store)
-    group, attributes = _claim(target, tomogram, grid, rule, voxel_size)
+    group, attributes = _claim(PatientStore(target), tomogram, grid, rule, voxel_size)
     if "percentiles" in attributes:
         return replace(open_volume(target), name=tomogram.name)
     source = CheckedSource(tomogram)
@@ -161,7 +162,7 @@ def open_volume(store: StoreLike) -> Volume:
     """
     if not isinstance(store, str | Path) or Path(store).is_dir():
         target = as_store(store)
-        attributes = _attributes(target)
+        attributes = _attributes(PatientStore(target))
         if attributes is not None and "percentiles" in attributes:
             return _volume(target, attributes)
         found = f"{store} holds no volume" if attributes is None else f"the volume in {store} is not finished"
@@ -282,9 +283,10 @@ def _volume(store: Store, attributes: dict[str, Any]) -> Volume:
         for value, part in zip(fill["values"], share, strict=True)
     )
     p5, p50, p95 = attributes["percentiles"]
+    asked = PatientStore(store)
     return Volume(
-        array=checked(zarr.open_array(store, path="0", mode="r", zarr_format=3)),
-        fill=checked(zarr.open_array(store, path="fill", mode="r", zarr_format=3))
+        array=checked(zarr.open_array(asked, path="0", mode="r", zarr_format=3)),
+        fill=checked(zarr.open_array(asked, path="fill", mode="r", zarr_format=3))
         if attributes["fill"]
         else None,
         store=store,

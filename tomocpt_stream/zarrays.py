@@ -25,6 +25,7 @@ from zarr.core.sync import sync
 from zarr.storage import LocalStore, MemoryStore, StorePath, WrapperStore
 
 from tomocpt_stream.errors import BrokenSourceError, SourceError
+from tomocpt_stream.patience import PatientStore, bare
 from tomocpt_stream.voxels import SAMPLE_EDGE, as_float32, is_shared
 
 if TYPE_CHECKING:
@@ -115,8 +116,9 @@ class ZarrVoxels:
         last = metadata.compressor if metadata.zarr_format == 2 else metadata.codecs[-1]
         blosc = isinstance(last, numcodecs.Blosc | BloscCodec)
         self._sharding = _sharding(metadata, address)
-        self._stored = array.store
-        store = CheckedStore(self._stored, address, missing, blosc=blosc)
+        self._stored = bare(array.store)
+        self._asked = PatientStore(self._stored, SourceError)
+        store = CheckedStore(self._asked, address, missing, blosc=blosc)
         self.array = zarr.Array(zarr.AsyncArray(metadata, StorePath(store, array.path)))
         self.order = order
         self.missing = missing
@@ -199,7 +201,7 @@ class ZarrVoxels:
         """Raise a SourceError where the store holds no array: all its chunks would be absent ones."""
         name = "zarr.json" if self.array.metadata.zarr_format == 3 else ".zarray"
         key = f"{self.array.path}/{name}" if self.array.path else name
-        if sync(self._stored.get(key, default_buffer_prototype())) is None:
+        if sync(self._asked.get(key, default_buffer_prototype())) is None:
             raise BrokenSourceError(
                 f"{socket.gethostname()} finds no array at {self.address}",
                 expected="a source that every worker sees under the same address",
@@ -263,7 +265,7 @@ class ZarrVoxels:
             gone = (offsets == ABSENT) & (lengths == ABSENT)
             if gone.any() and self.missing == "error":
                 raise absent(self.address, f"{key}: of its chunks that are needed {gone.sum()} are absent")
-            size = np.uint64(sync(self._stored.getsize(key)))
+            size = np.uint64(sync(self._asked.getsize(key)))
             inside = (offsets <= size) & (lengths <= size - np.minimum(offsets, size))
             if not (gone | inside).all():
                 raise SourceError(
@@ -324,4 +326,4 @@ def _sharding(metadata: Any, address: str) -> ShardingCodec | None:
 
 def address_of(array: zarr.Array[Any]) -> str:
     """Return where an array lies; one in memory has no address that outlives its process."""
-    return "zarr array" if isinstance(array.store, MemoryStore) else str(array.store_path)
+    return "zarr array" if isinstance(bare(array.store), MemoryStore) else str(array.store_path)
