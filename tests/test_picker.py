@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -267,3 +268,34 @@ def test_base_picker_ships_with_the_package() -> None:
     assert picker.particle_radius == 10.0
     assert picker.window == Window((64, 64, 64), (8, 8, 8))
     assert picker.metadata["provenance"]["data"] == "simulated tomograms"
+
+
+@pytest.mark.parametrize("device", ["auto", "cpu"])
+def test_a_picker_is_pickled_by_its_address_and_asks_for_its_device_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    trained = _picker()
+    trained.save(tmp_path / "mine.safetensors")
+    monkeypatch.chdir(tmp_path)
+    loaded = load_picker("mine.safetensors", device=device)
+    loaded.threads = 1
+    data = pickle.dumps(loaded)
+    assert len(data) < 1000
+    monkeypatch.chdir("/")  # the other process may be elsewhere
+    asked: list[str] = []
+    find = torch.cuda.is_available
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: asked.append("cuda") or find())
+    there: Picker = pickle.loads(data)
+    assert (there.fingerprint, there.threads, there.placement) == (trained.fingerprint, 1, device)
+    assert bool(asked) == (device == "auto")  # the reader's own device, not the writer's
+    sent: Picker = pickle.loads(pickle.dumps(trained))  # with its weights: it has no address
+    assert (sent.fingerprint, sent.address) == (trained.fingerprint, None)
+
+
+def test_another_file_at_the_address_of_a_pickled_picker_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "mine.safetensors"
+    _picker(0).save(path)
+    data = pickle.dumps(load_picker(path, device="cpu"))
+    _picker(1).save(path)
+    with pytest.raises(CheckpointError, match="the same file"):
+        pickle.loads(data)

@@ -59,14 +59,16 @@ class Picker:
         _require(self.metadata, address or "a picker")
         self.address = address
         self.device = torch.device(device)
+        self.placement = "auto"  # the device that was asked for; a copy in another process finds its own
         self.threads = _THREADS
         self.dtype: DType = "float32"
         self.fingerprint = _fingerprint(network, self.metadata)
         self._network = place(network, self.device).eval()
 
     def __reduce__(self) -> tuple[object, ...]:
-        """Pickle by address, or with the weights where there is none; the device is the reader's own."""
+        """Pickle by address, or with the weights where there is none; "auto" is the reader's own device."""
         state = {"dtype": self.dtype, "threads": self.threads, "fingerprint": self.fingerprint}
+        state["placement"] = self.placement
         if self.address is None:
             return (_revive, (self._serialised(), None, state))
         local = self.address != "base" and "://" not in self.address
@@ -168,25 +170,28 @@ def load_picker(source: str | os.PathLike[str] = "base", *, device: str = "auto"
     address = os.fspath(source)
     if address == "base":
         with as_file(files("tomocpt_stream") / "weights" / "base.safetensors") as path:
-            return _load(path, address, chosen)
-    if "://" in address:
+            picker = _load(path, address, chosen)
+    elif "://" in address:
         raise CheckpointError(
             f"the address {address}",
             expected="a local file or 'base'",
             remedy="copy the file to a local disk first",
         )
-    return _load(Path(address), address, chosen)
+    else:
+        picker = _load(Path(address), address, chosen)
+    picker.placement = device
+    return picker
 
 
 def _revive(weights: bytes | None, address: str | None, state: dict[str, Any]) -> Picker:
     """Return a picker that was pickled, on the device of this process; its weights must be the same."""
     if weights is None:
-        picker = load_picker(address or "base")
+        picker = load_picker(address or "base", device=state["placement"])
     else:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "picker.safetensors"
             path.write_bytes(weights)
-            picker = load_picker(path)
+            picker = load_picker(path, device=state["placement"])
         picker.address = None
     if picker.fingerprint != state["fingerprint"]:
         raise CheckpointError(
