@@ -83,6 +83,15 @@ def test_a_bar_for_each_stage_with_rate_and_time_left(screen: Screen) -> None:
     assert re.search(r"predict .* 25% 1\.00 M voxels/s 0:00:06 left$", second)
 
 
+def test_a_stage_that_ends_early_leaves_no_bar(screen: Screen) -> None:
+    with redirect_stderr(screen), show_bars() as progress:
+        for stage, done in (("fill", 0), ("ingest", 4), ("statistics", 3), ("ingest", 4), ("predict", 2)):
+            progress(stage, done, 4)
+        redraw(progress)
+    last = frames(screen)[-2]
+    assert [line.split()[0] for line in last] == ["ingest", "predict"]
+
+
 def test_nothing_is_left_when_it_is_over(screen: Screen) -> None:
     with redirect_stderr(screen), show_bars() as progress:
         progress("predict", 1, 2)

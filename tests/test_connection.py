@@ -119,10 +119,24 @@ def test_loopback_is_this_machine(address: str, *, here: bool) -> None:
 
 
 def test_a_cluster_that_adapts_is_asked_for_its_first_worker() -> None:
-    quiet = {"threads_per_worker": 1, "dashboard_address": None}
+    quiet = {"threads_per_worker": 1, "dashboard_address": "127.0.0.1:0"}
     with LocalCluster(n_workers=0, processes=False, protocol="tcp", **quiet) as cluster:
         cluster.adapt(minimum=0, maximum=1, interval="20ms", wait_count=1_000)
         with connect(cluster.scheduler_address) as client:
             assert not client.nthreads()
             await_worker(client)
             assert len(client.nthreads()) == 1
+
+
+def test_a_scheduler_lost_while_waiting_is_named() -> None:
+    with (
+        LocalCluster(
+            n_workers=0, processes=False, protocol="tcp", dashboard_address="127.0.0.1:0"
+        ) as cluster,
+        connect(cluster.scheduler_address) as client,
+    ):
+        losing = threading.Timer(0.2, cluster.close)
+        losing.start()
+        with pytest.raises(JobError, match=f"{cluster.scheduler_address} was lost while its first worker"):
+            await_worker(client)
+        losing.join()

@@ -92,6 +92,20 @@ def test_news_of_workers_is_enough_for_a_line(clock: Clock, caplog: pytest.LogCa
     ]
 
 
+def test_the_last_line_counts_the_last_task(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
+    progress = log_progress(every=10, clock=clock)
+    tally = busy("this process", 0, done=100)
+    progress("predict", 0, 100)
+    progress.workers("predict", [tally])
+    clock.now += 15
+    progress("predict", 99, 100)
+    progress("predict", 100, 100)
+    tally.finish("job")
+    progress("predict", 100, 100)
+    progress.workers("predict", [tally])
+    assert caplog.messages[1:] == ["predict: done in 0:00:15, 6.67 voxels/s; 1 task done by 1 worker"]
+
+
 def test_each_tomogram_of_one_progress_has_its_own_time(
     clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -29,6 +29,18 @@ def test_rate_and_time_left_are_over_the_wall_time_since_the_first_report() -> N
     assert (course.finished, course.left, course.seconds) == (True, 0, 5)
 
 
+def test_a_stage_ends_with_its_last_task() -> None:
+    courses = Courses(Clock())
+    courses.note("predict", 0, 100)
+    last = tally("a", done=100)
+    courses.tell("predict", [Tally("b"), last])
+    course = courses.note("predict", 100, 100)
+    assert (course.finished, course.left) == (False, 0)
+    last.finish("job")
+    assert course.finished
+    assert courses.note("predict", 40, 100) is not course
+
+
 def test_before_there_is_a_rate_there_is_no_time_left() -> None:
     clock = Clock()
     courses = Courses(clock)

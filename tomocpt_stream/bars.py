@@ -67,27 +67,36 @@ class _Display:
         self._bars, self._clock = bars, clock
         self._courses = Courses(clock)
         self._tasks: dict[str, TaskID] = {}
-        self._current = ""
+        self._current: Course | None = None
         self._looked = -_EVERY
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         """Draw the bar of a stage."""
         course = self._courses.note(stage, done, total)
-        if stage not in self._tasks:
-            self._tasks[stage] = self._bars.add_task(stage, pace="", left="")
-        if stage != self._current:
-            self._current, self._bars.table = stage, None
+        if self._current is None or stage != self._current.stage:
+            self._begin(stage)
+        self._current = course
         if course.finished:
             left = f"in {duration(course.seconds)}"
         else:
             left = "" if course.left is None else f"{duration(course.left)} left"
         self._bars.update(self._tasks[stage], completed=done, total=total, pace=course.pace, left=left)
 
+    def _begin(self, stage: str) -> None:
+        """Go on to a stage; one that ended early, as a search without a find does, leaves no bar."""
+        before = self._current
+        if before is not None and before.done < before.total:
+            self._bars.remove_task(self._tasks.pop(before.stage))
+        if stage not in self._tasks:
+            self._tasks[stage] = self._bars.add_task(stage, pace="", left="")
+        self._bars.table = None
+
     def workers(self, stage: str, tallies: Sequence[Tally]) -> None:
         """Draw the table of the workers; each report of one of them is too often to look at them all."""
         course = self._courses.tell(stage, tallies)
         now = self._clock()
-        if course is None or stage != self._current or (now < self._looked + _EVERY and self._bars.table):
+        soon = now < self._looked + _EVERY and self._bars.table is not None
+        if course is None or course is not self._current or soon:
             return
         self._looked, self._bars.table = now, worker_table(course)
 

@@ -8,6 +8,7 @@ import json
 import os
 import time
 import uuid
+from concurrent.futures import CancelledError
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,9 +70,17 @@ def await_worker(client: Any) -> None:
     """Return once the cluster has a worker.
 
     It is asked for by a task that does nothing: a cluster that adapts starts no worker without one.
+    Raises JobError where the scheduler is lost meanwhile.
     """
     key = f"wait for a worker-{uuid.uuid4().hex[:8]}"
-    client.submit(os.getpid, key=key, pure=False).result()
+    try:
+        client.submit(os.getpid, key=key, pure=False).result()
+    except CancelledError as error:
+        raise JobError(
+            f"the scheduler at {client.scheduler.address} was lost while its first worker was waited for",
+            expected="a scheduler that answers until the end",
+            remedy="start the cluster again and run again",
+        ) from error
 
 
 async def _greet(address: str, timeout: float) -> None:

@@ -35,8 +35,8 @@ class Course:
 
     @property
     def finished(self) -> bool:
-        """Whether nothing is left to do."""
-        return self.done >= self.total
+        """Whether nothing is left to do, and no worker still has a task in hand."""
+        return self.done >= self.total and not any(tally.running for tally in self.tallies)
 
     @property
     def seconds(self) -> float:
@@ -53,7 +53,7 @@ class Course:
     @property
     def left(self) -> float | None:
         """Seconds that the rest takes at the rate so far, None before there is one."""
-        if self.finished:
+        if self.done >= self.total:
             return 0.0
         return self.seconds / self.gained * (self.total - self.done) if self.gained > 0 else None
 
@@ -90,7 +90,7 @@ class Courses:
 
     def _again(self, course: Course, done: int, total: int) -> bool:
         """Return whether a report is of the next tomogram; a worker that died may also lower `done`."""
-        if total != course.total or (course.finished and done < total):
+        if total != course.total or (done < total <= course.done):
             return True
         return course.stage != self._current and done < course.done
 

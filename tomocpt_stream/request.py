@@ -34,10 +34,12 @@ if TYPE_CHECKING:
     from tomocpt_stream.tomogram import BeamAxis
 
 _LOGGER = logging.getLogger(__name__)
-# Those of dask that have a level of their own.
-_NOISY = ("distributed", "distributed.client")
-# By this the workers, which start later, get the level of the first.
+# Loggers that tell what goes on inside dask; those named have levels of their own.
+_NOISY = ("distributed", "distributed.client", "asyncio")
+# What sets the first one's level in the workers.
 _NOISE = "DASK_LOGGING__DISTRIBUTED"
+# Said where workers had to be killed, by the process that then clears up after them.
+_LEAKS = "ignore:resource_tracker"
 
 
 @dataclass(frozen=True)
@@ -159,20 +161,24 @@ def workers(asked: PickRequest) -> Iterator[Any]:
 def _quiet_dask() -> Iterator[None]:
     """Keep dask from printing the traceback of each try, unless DASK_LOGGING__DISTRIBUTED asks for it.
 
-    A task that fails every time is named in the end.
+    A task that fails every time is named in the end; of a run that was stopped nothing is to be said.
     """
     if _NOISE in os.environ:
         yield
         return
     loggers = [logging.getLogger(name) for name in _NOISY]
     levels = [logger.level for logger in loggers]
+    filters = os.environ.get("PYTHONWARNINGS")
     os.environ[_NOISE] = "critical"
+    os.environ["PYTHONWARNINGS"] = f"{filters},{_LEAKS}" if filters else _LEAKS
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)
     try:
         yield
     finally:
-        del os.environ[_NOISE]
+        del os.environ[_NOISE], os.environ["PYTHONWARNINGS"]
+        if filters is not None:
+            os.environ["PYTHONWARNINGS"] = filters
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
 
