@@ -394,18 +394,13 @@ class _Run:
     def _settle(self, number: int) -> tuple[Job, Any] | None:
         """Return a finished job with its answer; put one that failed where it belongs."""
         ended = self._under_way.pop(number)
-        job, error = ended.job, _error_of(ended.future)
+        job, (name, answer, numbers), error = ended.job, *_outcome(ended.future)
         if error is None:
-            try:
-                worker, answer, numbers = ended.future.result()
-            except (CancelledError, OSError) as lost:  # its worker or the scheduler went just now
-                error = lost
-            else:
-                self._tell(ended, number, worker, numbers)
-                self._tallies[worker].finish(str(number))
-                self._attempts.succeeded(job)
-                self._watch(list(self._tallies.values()))
-                return job, answer
+            self._tell(ended, number, name, numbers)
+            self._tallies[name].finish(str(number))
+            self._attempts.succeeded(job)
+            self._watch(list(self._tallies.values()))
+            return job, answer
         self._tell(ended, number, None, {})
         if self._client.status != "running":  # if the scheduler comes back, so does the job
             self._again.append(job)
@@ -437,22 +432,37 @@ class _Run:
             self._watch(list(self._tallies.values()))
 
 
-def _error_of(future: Future[Any]) -> BaseException | None:
-    """Return the error of a job that has ended; None where it is finished."""
-    if future.status == "finished":
-        return None
-    if future.status != "error":
-        return JobError(
-            f"the scheduler dropped the task ({future.status})",
-            expected="an answer",
-            remedy="look at the scheduler's log",
-        )
-    error: BaseException = future.exception()
-    if type(error) is Exception and error.args and isinstance(error.args[0], bytes):
-        # The pickle of a class that only the worker knows, of a library of its device for instance.
-        words = [word for _, word, _ in pickletools.genops(error.args[0]) if isinstance(word, str)]
-        error = RuntimeError(f"an error that only the worker can load: {' '.join(words)}")
-    return error.with_traceback(future.traceback())
+def _outcome(future: Future[Any]) -> tuple[tuple[str, Any, dict[str, float]], BaseException | None]:
+    """Return what `_on_worker` returned of a job that has ended, and its error; release it."""
+    nothing: tuple[str, Any, dict[str, float]] = ("", None, {})
+    try:
+        if future.status == "finished":
+            return future.result(), None
+        if future.status == "error":
+            return nothing, _readable(future.exception()).with_traceback(future.traceback())
+        lost = str(future.status)
+    except (CancelledError, OSError) as error:  # its worker or the scheduler went just now
+        lost = f"{type(error).__name__}: {error}"
+    finally:
+        # Not when the last reference goes: an error that is looked at holds the frames it came through.
+        future.release()
+    dropped = JobError(
+        f"the scheduler dropped the task ({lost})",
+        expected="an answer",
+        remedy="look at the scheduler's log",
+    )
+    return nothing, dropped
+
+
+def _readable(error: BaseException) -> BaseException:
+    """Return an error, or what can be read of one whose class only the worker knows.
+
+    Such are those of a library for the worker's device; what comes then is their pickle.
+    """
+    if type(error) is not Exception or not error.args or not isinstance(error.args[0], bytes):
+        return error
+    words = [word for _, word, _ in pickletools.genops(error.args[0]) if isinstance(word, str)]
+    return RuntimeError(f"an error that only the worker can load: {' '.join(words)}")
 
 
 def _killed(error: KilledWorker) -> JobError:
@@ -476,6 +486,13 @@ def _on_worker(
     topic, run, number = sender
 
     def tell(numbers: dict[str, float]) -> None:
+        known = worker.state.tasks.get(worker.get_current_task())
+        if known is None or known.state == "cancelled":  # the client has gone, or ended its run
+            raise JobError(
+                "nobody waits for the task any more",
+                expected="a client that stays until the end",
+                remedy="run again with the same store: what is done is kept",
+            )
         plain = {of: float(found) for of, found in numbers.items()}  # no numpy scalars in a message
         # Not "worker": under that the scheduler puts an address.
         worker.log_event(topic, {"run": run, "job": number, "name": name, "numbers": plain})
