@@ -484,9 +484,10 @@ def _on_worker(
     worker = get_worker()
     name = str(worker.name if worker.name is not None else worker.address)
     topic, run, number = sender
+    task = worker.get_current_task()
 
     def tell(numbers: dict[str, float]) -> None:
-        known = worker.state.tasks.get(worker.get_current_task())
+        known = worker.state.tasks.get(task)
         if known is None or known.state == "cancelled":  # the client has gone, or ended its run
             raise JobError(
                 "nobody waits for the task any more",
