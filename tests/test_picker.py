@@ -283,8 +283,12 @@ def test_a_picker_is_pickled_by_its_address_and_asks_for_its_device_again(
     assert len(data) < 1000
     monkeypatch.chdir("/")  # the other process may be elsewhere
     asked: list[str] = []
-    find = torch.cuda.is_available
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: asked.append("cuda") or find())
+
+    def is_available() -> bool:
+        asked.append("cuda")
+        return False
+
+    monkeypatch.setattr(torch.cuda, "is_available", is_available)
     there: Picker = pickle.loads(data)
     assert (there.fingerprint, there.threads, there.placement) == (trained.fingerprint, 1, device)
     assert bool(asked) == (device == "auto")  # the reader's own device, not the writer's
