@@ -38,7 +38,7 @@ def as_store(store: StoreLike) -> Store:
     """Return a zarr store: a path becomes a local one, a store stays what it is."""
     if isinstance(store, Store):
         return store
-    path = Path(store)
+    path = Path(store).absolute()  # what is opened here may be read in a process with another folder
     if path.exists() and not path.is_dir():
         raise CheckpointError(
             f"{path} is a file",

@@ -118,7 +118,9 @@ class Heatmap:
         """Return the map as a dask array with one block a stored chunk."""
         import dask.array  # noqa: TID251 - dask is loaded only by who asks for it
 
-        return dask.array.from_array(self.array, chunks=self.array.chunks)
+        # Not of the configuration alone: another device may have scored the same map with other last bits.
+        name = config_hash({"store": str(self.store), "config": self.config, "finished": self.finished})
+        return dask.array.from_array(self.array, chunks=self.array.chunks, name=f"heatmap-{name}")
 
     def candidates(self) -> pd.DataFrame:
         """Return the stored local maxima, best first: z, y, x (working voxels), score, dz, dy, dx.

@@ -399,5 +399,6 @@ def _inside(box: Sequence[slice], shape: Shape) -> Box:
 
 def _read_block(tomogram: Tomogram, block_info: Any = None) -> npt.NDArray[np.float32]:
     """Return the voxels of one block of `Tomogram.to_dask`."""
+    tomogram.confirm()  # where the array has travelled to, the source may not be there
     z, y, x = (slice(start, stop) for start, stop in block_info[None]["array-location"])
     return tomogram.read((z, y, x))
