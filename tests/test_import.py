@@ -89,6 +89,7 @@ def test_the_names_of_the_design_are_public() -> None:
             "BlockPlan",
         ),
         *("load_picker", "Picker", "PickOptions", "predict", "open_heatmap", "Heatmap", "find_peaks", "pick"),
+        "heatmap_lazy",
         *(
             "Picks",
             "read_picks",

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from tomocpt_stream.heatmap import PickOptions as PickOptions
     from tomocpt_stream.heatmap import open_heatmap as open_heatmap
     from tomocpt_stream.heatmap import predict as predict
+    from tomocpt_stream.lazy import heatmap_lazy as heatmap_lazy
     from tomocpt_stream.peaks import find_peaks as find_peaks
     from tomocpt_stream.phantom import simulate_tomogram as simulate_tomogram
     from tomocpt_stream.picker import Picker as Picker
@@ -57,6 +58,7 @@ _HOME = {
     "evaluation": ("Match", "match"),
     "formats": ("read_picks", "write_picks"),
     "heatmap": ("Heatmap", "PickOptions", "open_heatmap", "predict"),
+    "lazy": ("heatmap_lazy",),
     "peaks": ("find_peaks",),
     "phantom": ("simulate_tomogram",),
     "picker": ("Picker", "load_picker"),

@@ -84,7 +84,7 @@ def assigned(work: Work, client: Any) -> Iterator[Address[Work]]:
     if mask is not None and not mask.tomogram.travels:
         mask = mask.stored(store, "mask")
     fingerprint = getattr(work.picker, "fingerprint", None)
-    name = f"picker {fingerprint or work.config} {getattr(work.picker, 'numerics', '')}"
+    name = picker_name(work.picker, otherwise=work.config)
     address = WorkAddress(
         volume=volume,
         store=store,
@@ -100,6 +100,12 @@ def assigned(work: Work, client: Any) -> Iterator[Address[Work]]:
     # A picker without a fingerprint is of no use to any later map.
     with hold_on_workers(client, name, work.picker, for_good=fingerprint is not None):
         yield address
+
+
+def picker_name(picker: Any, *, otherwise: str) -> str:
+    """Return the name under which a process holds a picker; `otherwise` is for one without a fingerprint."""
+    fingerprint = getattr(picker, "fingerprint", None)
+    return f"picker {fingerprint or otherwise} {getattr(picker, 'numerics', '')}"
 
 
 def shared(store: Store) -> Store:

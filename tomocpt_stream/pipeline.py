@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 KEEP_GRID_WITHIN = 0.05
 """The source grid is kept where the working voxel size differs from the source's by at most this."""
 
+VOLUME = "volume.zarr"
+"""The store of the working volume in the folder of a tomogram."""
+
 
 def pick(  # noqa: PLR0913  (the public signature of the design)
     tomogram: Tomogram,
@@ -73,7 +76,7 @@ def pick(  # noqa: PLR0913  (the public signature of the design)
             scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="tomocpt-stream-"))
         folder = scratch_folder(Path(scratch), tomogram, grid)
         volume = ingest(
-            tomogram, folder / "volume.zarr", voxel_size=grid.voxel_size, client=client, progress=progress
+            tomogram, folder / VOLUME, voxel_size=grid.voxel_size, client=client, progress=progress
         )
         if keep_heatmap is None and getattr(picker, "fingerprint", None) is None:
             # nothing says that the next picker is this one, so that its map would only be in the way
