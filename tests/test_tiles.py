@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import threading
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,11 +13,9 @@ from hypothesis import strategies as st
 from tomocpt_stream import tiles
 from tomocpt_stream.frame import working_grid
 from tomocpt_stream.resample import resample_bytes, source_box
-from tomocpt_stream.tiles import CHUNK, cut, drain, plan_tiles, planes_at_a_time, prefetch, slabs, voxels_of
+from tomocpt_stream.tiles import CHUNK, cut, plan_tiles, planes_at_a_time, prefetch, voxels_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from tomocpt_stream.frame import Box, Shape
 
 Floats = npt.NDArray[np.float32]
@@ -85,56 +81,6 @@ def test_a_tile_too_large_for_the_budget_is_resampled_in_parts() -> None:
     assert resample_bytes(grid, shape, part) <= 1.25 * tiles.TILE_BYTES
     small = working_grid((64, 64, 64), 10.0, 10.0)
     assert planes_at_a_time(small, (64, 64, 64), cut(tile, (64, 64, 64))[0], "bspline") == 64
-
-
-def test_slabs_are_in_raster_order_and_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiles, "BLOCK_BYTES", 4 * 60)
-    for shape in [(5, 4, 6), (3, 20, 6), (3, 2, 100)]:
-        numbers = np.arange(np.prod(shape)).reshape(shape)
-        found = [numbers[box].ravel() for box in slabs(shape)]
-        np.testing.assert_array_equal(np.concatenate(found), numbers.ravel())
-        assert max(len(part) for part in found) <= max(60, shape[2])
-
-
-def test_drain_yields_what_all_work_yields() -> None:
-    works = [iter(range(start, start + 5)) for start in range(0, 50, 10)]
-    wanted = [value for start in range(0, 50, 10) for value in range(start, start + 5)]
-    assert sorted(drain(works)) == wanted
-    assert list(drain([])) == []
-
-
-def test_the_first_error_stops_all_work() -> None:
-    failed = threading.Event()
-    steps = itertools.count()
-
-    def fail() -> Iterator[int]:
-        yield 1
-        failed.set()
-        raise ValueError("chunk 7")
-
-    def go_on() -> Iterator[int]:
-        failed.wait(10)
-        for _ in range(1_000_000):
-            next(steps)
-            yield 1
-
-    with pytest.raises(ValueError, match="chunk 7"):
-        list(drain([go_on(), fail(), go_on()]))
-    assert next(steps) < 1_000_000
-
-
-def test_leaving_early_stops_all_work() -> None:
-    steps = itertools.count()
-
-    def go_on() -> Iterator[int]:
-        for _ in range(1_000_000):
-            next(steps)
-            yield 1
-
-    found = drain([go_on(), go_on()])
-    assert next(found) == 1
-    found.close()
-    assert next(steps) < 2_000_000
 
 
 def test_prefetch_keeps_the_order_and_reads_little_ahead() -> None:

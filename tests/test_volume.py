@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import pickle
 import signal
 import subprocess
 import sys
+import time
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,8 +21,9 @@ from hypothesis import strategies as st
 from zarr.storage import LocalStore, MemoryStore
 
 from tests.races import Interrupted, race
-from tomocpt_stream import tiles
-from tomocpt_stream.errors import CheckpointError, PlanError, SourceError
+from tomocpt_stream import threads, tiles
+from tomocpt_stream.circumstances import circumstances
+from tomocpt_stream.errors import CheckpointError, DuplicateError, PlanError, SourceError
 from tomocpt_stream.frame import Frame, working_grid
 from tomocpt_stream.resample import resample_box, resample_mask
 from tomocpt_stream.tiles import whole
@@ -44,14 +48,13 @@ def tomogram(voxels: npt.NDArray[Any], **kwargs: Any) -> Tomogram:
 
 
 def tree(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder and its bytes."""
-    files = (path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
-
-
-def data_of(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder and its bytes; receipts tell of the run and count by their names."""
-    return {name: b"" if name.startswith("receipts/") else data for name, data in tree(folder).items()}
+    """Every file below a folder and its bytes, but for when and by whom a receipt was put."""
+    files = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    for name, data in files.items():
+        if name.startswith("receipts/"):
+            facts = {key: fact for key, fact in json.loads(data).items() if key not in circumstances()}
+            files[name] = json.dumps(facts).encode()
+    return files
 
 
 def voxels_of(volume: Volume, box: Any = slice(None)) -> Floats:
@@ -188,10 +191,15 @@ def test_a_killed_process_is_gone_on_with(tmp_path: Path, stage: str, calls: int
     litter = tmp_path / "cut" / "0" / "c" / "0.deadbeef.partial"
     litter.parent.mkdir(parents=True, exist_ok=True)
     litter.write_bytes(b"half a chunk")
+    another_writer = litter.with_name("0.feed.partial")
+    another_writer.write_bytes(b"half a chunk")
+    for path, age in ((litter, 90), (another_writer, 30)):
+        os.utime(path, (time.time() - age,) * 2)
     ends_meanwhile = litter.with_name("0.cafe.partial")
     ends_meanwhile.symlink_to("nowhere")  # listed, and not there when it is looked at
     ingest(tomogram(source), tmp_path / "cut", voxel_size=12.0)
     ends_meanwhile.unlink()
+    another_writer.unlink()
     assert tree(tmp_path / "cut") == tree(tmp_path / "once")
 
 
@@ -417,20 +425,63 @@ def test_a_lost_chunk_is_never_zeros(tmp_path: Path) -> None:
         ingest(tomogram(source), tmp_path / "w", voxel_size=10.0)
 
 
-def test_a_chunk_that_comes_out_otherwise_is_an_error(tmp_path: Path) -> None:
+class Meanwhile:
+    """Does something as the voxels of a certain tile are read; has the `read` and `progress` for it."""
+
+    def __init__(self, reader: Tomogram, tile: int, action: Callable[[], object]) -> None:
+        self.tiles: list[Box] = []
+        self.reports: list[tuple[str, int, int]] = []
+        self._read, self._when, self._action = reader.read, tile, action
+
+    def progress(self, stage: str, done: int, total: int) -> None:
+        self.reports.append((stage, done, total))
+
+    def read(self, box: Box) -> Floats:
+        if self.reports[-1][0] == "ingest":
+            self.tiles.append(box)
+            if len(self.tiles) == self._when:
+                self._action()
+        return self._read(box)
+
+
+@pytest.mark.parametrize("field", ["sha256", "fill_sha256"])
+def test_a_chunk_that_comes_out_otherwise_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, field: str
+) -> None:
     source = noise((70, 80, 90))
-    receipts = tmp_path / "v" / "receipts" / "volume"
-    store = tmp_path / "v"
-    with pytest.raises(Killed):
-        ingest(tomogram(source), store, voxel_size=10.0, progress=Trap(1))
-    receipts.mkdir(parents=True, exist_ok=True)
+    source[:, :20] = 0.0
+    once = ingest(tomogram(source), tmp_path / "once", voxel_size=10.0)
+    receipt = json.loads((tmp_path / "once" / "receipts" / "volume" / "1.1.1.json").read_text())
+    assert set(receipt) == {"sha256", "fill_sha256", *circumstances()}
+    assert receipt["sha256"] == hashlib.sha256(voxels_of(once)[64:, 64:, 64:].tobytes()).hexdigest()
 
-    def another_writer(stage: str, done: int, total: int) -> None:
-        if stage == "ingest" and done == 0:  # after the receipts are listed, before the first chunk
-            (receipts / "1.1.1.json").write_text('{"sha256": "of other voxels"}')
+    def another_writer() -> None:
+        place = tmp_path / "v" / "receipts" / "volume" / "1.1.1.json"
+        place.parent.mkdir(parents=True)
+        place.write_text(json.dumps({**receipt, "worker": "host:7", field: "of other voxels"}))
 
-    with pytest.raises(CheckpointError, match=r"chunk 1\.1\.1"):
-        ingest(tomogram(source), store, voxel_size=10.0, progress=another_writer)
+    reader = tomogram(source)
+    meanwhile = Meanwhile(reader, 1, another_writer)
+    monkeypatch.setattr(reader, "read", meanwhile.read)
+    with pytest.raises(DuplicateError, match=r"chunk 1\.1\.1 of tomogram .* of host:7 on"):
+        ingest(reader, tmp_path / "v", voxel_size=10.0, progress=meanwhile.progress)
+
+
+def test_what_another_run_stores_meanwhile_is_not_stored_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = noise((140, 80, 90))
+    monkeypatch.setattr(tiles, "TILE_BYTES", 4 * 64 * 80 * 90)  # a tile is one layer of chunks, of three
+    monkeypatch.setattr(threads, "THREADS", 1)
+    reader, store = tomogram(source), tmp_path / "v"
+    meanwhile = Meanwhile(reader, 2, lambda: ingest(tomogram(source), store, voxel_size=10.0))
+    monkeypatch.setattr(reader, "read", meanwhile.read)
+    volume = ingest(reader, store, voxel_size=10.0, progress=meanwhile.progress)
+    assert voxels_of(volume).tobytes() == source.tobytes()
+    assert [box[0].start for box in meanwhile.tiles] == [0, 64]  # the third was there when its turn came
+    done = [done for stage, done, _ in meanwhile.reports if stage == "ingest"]
+    assert done == sorted(done)
+    assert done[-1] == source.size
 
 
 def test_requests_that_cannot_be_met_are_refused_before_anything_is_written(tmp_path: Path) -> None:
@@ -440,8 +491,8 @@ def test_requests_that_cannot_be_met_are_refused_before_anything_is_written(tmp_
             ingest(source, tmp_path / "v", voxel_size=size)
     with pytest.raises(PlanError, match="rule 'cubic'"):
         ingest(source, tmp_path / "v", voxel_size=10.0, rule="cubic")  # type: ignore[arg-type]
-    with pytest.raises(PlanError, match="client"):
-        ingest(source, tmp_path / "v", voxel_size=10.0, client=object())
+    with pytest.raises(PlanError, match="which only this process can use"):
+        ingest(source, MemoryStore(), voxel_size=10.0, client=object())
     assert not (tmp_path / "v").exists()
 
 
@@ -498,7 +549,7 @@ def test_another_run_in_between_changes_nothing(tmp_path: Path, method: str, key
     volume = ingest(tomogram(source), store, voxel_size=12.0)
     assert store.happened
     assert volume.percentiles == open_volume(tmp_path / "once").percentiles
-    assert data_of(tmp_path / "both") == data_of(tmp_path / "once")
+    assert tree(tmp_path / "both") == tree(tmp_path / "once")
 
 
 @pytest.mark.parametrize(("method", "key"), INTERRUPTIONS[:2])
@@ -531,4 +582,4 @@ def test_two_processes_ingest_into_one_store_at_once(tmp_path: Path) -> None:
     once = ingest(tomogram(source), tmp_path / "once", voxel_size=12.0)
     assert race(AT_ONCE, tmp_path / "gate", str(tmp_path / "v")) == [list(once.percentiles)] * 2
     for number in range(5):
-        assert data_of(tmp_path / f"v{number}") == data_of(tmp_path / "once")
+        assert tree(tmp_path / f"v{number}") == tree(tmp_path / "once")

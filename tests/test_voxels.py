@@ -12,9 +12,9 @@ import zarr
 from zarr.storage import FsspecStore, LocalStore, LoggingStore, MemoryStore, ObjectStore, ZipStore
 
 from tests.test_tomogram import TRUTH, whole
-from tomocpt_stream.errors import SourceError
+from tomocpt_stream.errors import PlanError, SourceError
 from tomocpt_stream.tomogram import open_tomogram
-from tomocpt_stream.voxels import is_shared, planes
+from tomocpt_stream.voxels import is_shared, planes, shared
 from tomocpt_stream.zarrays import CheckedStore
 
 
@@ -111,6 +111,17 @@ def test_stores_that_other_processes_see(tmp_path: Path) -> None:
     obstore = pytest.importorskip("obstore.store")
     assert not is_shared(ObjectStore(obstore.MemoryStore()))
     assert is_shared(ObjectStore(obstore.LocalStore(tmp_path)))
+
+
+def test_stores_that_workers_can_write_into(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert shared(LocalStore(Path("a"), read_only=True)) == LocalStore(tmp_path / "a", read_only=True)
+    store = CheckedStore(LocalStore(tmp_path), "a", "error", blosc=False)
+    assert shared(store) is store
+    zipped = ZipStore(tmp_path / "a.zip", mode="w")
+    for wrong in (MemoryStore(), LoggingStore(MemoryStore()), zipped):
+        with pytest.raises(PlanError, match="which only this process can use"):
+            shared(wrong)
 
 
 def test_arrays_are_opened_without_importing_dask() -> None:

@@ -1,15 +1,18 @@
-"""Bring the voxels of a tomogram into the arrays of a volume, tile by tile, and take percentiles.
+"""Bring the voxels of a tomogram into the arrays of a volume: what one process does for one job.
 
-A tile is read, resampled and cut into chunks by one thread; each chunk is stored, then its receipt.
-A later run starts with the chunks that have none. No voxel depends on tiles, threads or runs.
+A job is a tile, or the search for fill. A tile is read, resampled and cut into chunks; each chunk is
+stored, then its receipt. A later run starts with the chunks that have none. No voxel depends on tiles,
+threads, processes or runs.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
+import socket
 import threading
-from contextlib import closing, suppress
+import time
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,202 +22,245 @@ import zarr
 from zarr.codecs import BloscCodec
 from zarr.errors import ContainsArrayError
 
-from tomocpt_stream.errors import CheckpointError, SourceError
+from tomocpt_stream.circumstances import circumstances
+from tomocpt_stream.errors import BrokenSourceError, DuplicateError, PlanError
 from tomocpt_stream.fill import BOX, Fill, find_fill
-from tomocpt_stream.frame import Grid, Rule
-from tomocpt_stream.percentiles import exact_percentiles
-from tomocpt_stream.receipts import Receipts
+from tomocpt_stream.memory import return_freed_memory
+from tomocpt_stream.receipts import Receipts, read_json
 from tomocpt_stream.resample import resample_box, resample_mask
 from tomocpt_stream.stored import checked
-from tomocpt_stream.tiles import (
-    BLOCK_BYTES,
-    CHUNK,
-    cut,
-    drain,
-    plan_tiles,
-    planes_at_a_time,
-    prefetch,
-    slabs,
-    voxels_of,
-    whole,
-)
+from tomocpt_stream.tiles import CHUNK, cut, planes_at_a_time, voxels_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Mapping
 
+    from zarr.abc.store import Store
     from zarr.core.array_spec import ArrayConfigParams
 
-    from tomocpt_stream.frame import Box, Shape
-    from tomocpt_stream.progress import Progress
+    from tomocpt_stream.frame import Box, Grid, Rule, Shape
+    from tomocpt_stream.stages import Report
     from tomocpt_stream.tomogram import Tomogram
     from tomocpt_stream.zarrays import Missing
 
 Floats = npt.NDArray[np.float32]
+Bools = npt.NDArray[np.bool_]
+
+FillFacts = tuple[tuple[float, ...], tuple[int, ...]]
+"""The values that are fill, and how many source voxels each has."""
+
+ATTRIBUTE = "tomocpt_stream"
+"""Where the metadata of a store say what it is."""
+
+NO_FILL: FillFacts = (), ()
+CHUNKS: Shape = (CHUNK, CHUNK, CHUNK)
+
+
+class NotFiniteError(BrokenSourceError):
+    """Voxels that are NaN or infinite, met by a job; how many there are is counted once, by others."""
 
 
 class CheckedSource:
-    """Boxes of a tomogram, with every voxel checked to be finite."""
+    """Boxes of a tomogram, with every voxel checked to be finite; `bytes_read` counts what was read.
+
+    `read` may be called from several threads.
+    """
 
     def __init__(self, tomogram: Tomogram) -> None:
-        self.tomogram = tomogram
-        self.shape = tomogram.shape
+        self.bytes_read = 0
+        self._tomogram = tomogram
         self._lock = threading.Lock()
-        self._error: SourceError | None = None
 
-    def __call__(self, box: Box) -> Floats:
-        """Return the voxels of `box`; voxels that are not finite are a SourceError with their count."""
-        voxels = self.tomogram.read(box)
+    def read(self, box: Box) -> Floats:
+        """Return the voxels of `box`; one that is not finite is a NotFiniteError."""
+        voxels = self._tomogram.read(box)
+        with self._lock:
+            self.bytes_read += voxels.size * self._tomogram.dtype.itemsize
         if not (np.isfinite(voxels.min()) and np.isfinite(voxels.max())):
-            with self._lock:  # one thread counts for all that come upon broken voxels
-                self._error = self._error or self._broken()
-            raise self._error
+            raise NotFiniteError(
+                f"{self._tomogram.source} has voxels that are NaN or infinite",
+                expected="finite voxels",
+                remedy="replace them before picking, for instance by the mean of the tomogram",
+            )
         return voxels
 
-    def _broken(self) -> SourceError:
-        count, first = 0, ""
-        for box in slabs(self.shape):
-            broken = ~np.isfinite(self.tomogram.read(box))
-            if broken.any() and not first:
-                place = np.argwhere(broken)[0] + [side.start for side in box]
-                first = ", ".join(str(index) for index in place.tolist())
-            count += int(np.count_nonzero(broken))
-        return SourceError(
-            f"{self.tomogram.source}: {count} of {math.prod(self.shape)} voxels are NaN or infinite, "
-            f"the first at z, y, x = {first}",
-            expected="finite voxels",
-            remedy="replace them before picking, for instance by the mean of the tomogram",
-        )
 
-
-@dataclass(frozen=True)
 class Ingestion:
-    """What the tiles of one run share: the source, the arrays that they write, the receipts."""
+    """The source and the arrays of one volume, open in one process; its threads share it.
 
-    source: CheckedSource
-    grid: Grid
-    rule: Rule
-    fill: Fill | None
-    array: zarr.Array[Any]
-    filled: zarr.Array[Any] | None
-    receipts: Receipts
+    `facts` are what the search for fill found, nothing as long as it has not ended. `array` are the
+    working voxels; `filled` says which of them are fill, None where there is none.
+    """
 
-    def run(self, progress: Progress) -> None:
-        """Store every chunk that has no receipt yet."""
-        done = set(self.receipts.all())
-        total = math.prod(self.grid.shape)
-        seen = 0
-        tiles: list[tuple[Box, list[Box]]] = []
-        for tile in plan_tiles(self.grid, self.source.shape, self.source.tomogram.chunks, self.rule):
-            chunks = cut(tile, (CHUNK, CHUNK, CHUNK))
-            missing = [chunk for chunk in chunks if _key(chunk) not in done]
-            seen += sum(voxels_of(chunk) for chunk in chunks if _key(chunk) in done)
-            if missing:
-                tiles.append((tile, missing))
-        progress("ingest", seen, total)
-        with closing(drain([self._tile(tile, missing) for tile, missing in tiles])) as finished:
-            for voxels in finished:
-                seen += voxels
-                progress("ingest", seen, total)
+    def __init__(
+        self, group: zarr.Group, tomogram: Tomogram, grid: Grid, rule: Rule, facts: FillFacts = NO_FILL
+    ) -> None:
+        self.group = group
+        self.tomogram = tomogram
+        self.grid = grid
+        self.rule = rule
+        self.facts = facts
+        self.receipts = Receipts(group.store, "volume")
+        self.array = volume_array(group, "0", grid.shape, "float32")
+        values, voxels = facts
+        self.fill = Fill(values, voxels, source_fill(group, tomogram.shape)) if values else None
+        self.filled = volume_array(group, "fill", grid.shape, "bool") if values else None
 
-    def _tile(self, tile: Box, missing: list[Box]) -> Iterator[int]:
-        """Store the missing chunks of a tile; yield the voxels of each when its receipt is put."""
-        values = self._resample(tile)
-        filled = None if self.fill is None else self._fill_of(self.fill, tile)
-        for chunk in missing:
-            local = tuple(
-                slice(c.start - t.start, c.stop - t.start) for c, t in zip(chunk, tile, strict=True)
-            )
-            voxels = np.ascontiguousarray(values[local])
-            self.array[chunk] = voxels
-            if self.filled is not None and filled is not None:
-                self.filled[chunk] = filled[local]
-            receipt = {"sha256": hashlib.sha256(voxels.data).hexdigest()}
-            stored = self.receipts.put(_key(chunk), receipt)
-            if stored != receipt:
-                raise _unequal(_key(chunk), self.source.tomogram.name)
-            yield voxels_of(chunk)
-
-    def _resample(self, tile: Box) -> Floats:
-        depth = planes_at_a_time(self.grid, self.source.shape, tile, self.rule)
-        if depth >= tile[0].stop - tile[0].start:
-            return resample_box(self.source, self.grid, self.source.shape, tile, self.rule)
-        out = np.empty([side.stop - side.start for side in tile], np.float32)
-        for z in range(tile[0].start, tile[0].stop, depth):
-            box = (slice(z, min(z + depth, tile[0].stop)), tile[1], tile[2])
-            part = resample_box(self.source, self.grid, self.source.shape, box, self.rule)
-            out[z - tile[0].start : box[0].stop - tile[0].start] = part
+    def resample(self, source: CheckedSource, box: Box) -> Floats:
+        """Return the working voxels of a box within the memory of a tile."""
+        shape = self.tomogram.shape
+        depth = planes_at_a_time(self.grid, shape, box, self.rule)
+        if depth >= box[0].stop - box[0].start:
+            return resample_box(source.read, self.grid, shape, box, self.rule)
+        z, y, x = (side.stop - side.start for side in box)
+        out = np.empty((z, y, x), np.float32)
+        for part in cut(box, (depth, y, x)):
+            planes = slice(part[0].start - box[0].start, part[0].stop - box[0].start)
+            out[planes] = resample_box(source.read, self.grid, shape, part, self.rule)
         return out
 
-    def _fill_of(self, fill: Fill, tile: Box) -> npt.NDArray[np.bool_]:
-        return resample_mask(fill.read, self.grid, self.source.shape, tile, self.rule)
+    def resample_fill(self, box: Box) -> Bools | None:
+        """Return which working voxels of a box are fill; None where there is none anywhere."""
+        if self.fill is None:
+            return None
+        return resample_mask(self.fill.read, self.grid, self.tomogram.shape, box, self.rule)
 
-    def values(self) -> Iterator[tuple[Box, Floats]]:
-        """Yield boxes and the voxels in them that count for the percentiles: all that are not fill."""
-        shape = self.source.shape
-        if self.rule == "tomocpt":
-            grid = Grid(shape, self.source.tomogram.voxel_size, (1.0, 1.0, 1.0))
-            return prefetch(
-                self.source, plan_tiles(grid, shape, self.source.tomogram.chunks, self.rule, BLOCK_BYTES)
-            )
-        return prefetch(self._kept, cut(whole(self.grid.shape), (CHUNK, 4 * CHUNK, 4 * CHUNK)))
-
-    def _kept(self, box: Box) -> Floats:
+    def kept(self, box: Box) -> Floats:
+        """Return the stored voxels of a box that are not fill, in one row where there is fill."""
         voxels = np.asarray(self.array[box], dtype=np.float32)
         return voxels if self.filled is None else voxels[~np.asarray(self.filled[box])]
 
+    def store(self, chunk: Box, voxels: Floats, filled: Bools | None) -> None:
+        """Store a whole chunk, then its receipt."""
+        voxels = np.ascontiguousarray(voxels)
+        facts = {"sha256": hashlib.sha256(voxels.data).hexdigest()}
+        self.array[chunk] = voxels
+        if self.filled is not None and filled is not None:
+            filled = np.ascontiguousarray(filled)
+            facts["fill_sha256"] = hashlib.sha256(filled.data).hexdigest()
+            self.filled[chunk] = filled
+        put_facts(self.receipts, key_of(chunk), facts, f"chunk {key_of(chunk)} of {self.tomogram.name}")
 
-def _key(chunk: Box) -> str:
-    return ".".join(str(side.start // CHUNK) for side in chunk)
+
+@dataclass(frozen=True)
+class IngestionAddress:
+    """Where the source and the arrays of a volume lie, for any process that sees both."""
+
+    store: Store
+    tomogram: Tomogram
+    grid: Grid
+    rule: Rule
+    facts: FillFacts
+    fingerprint: str
+    token: str
+
+    def open(self) -> Ingestion:
+        """Open them; a process that does not see the very same ones raises a PlanError or SourceError."""
+        found: dict[str, Any] = {}
+        with suppress(FileNotFoundError):  # a folder that is opened for writing would be made
+            found = read_json(self.store.with_read_only(read_only=True), "zarr.json") or {}
+        if found.get("attributes", {}).get(ATTRIBUTE, {}).get("fingerprint") != self.fingerprint:
+            raise PlanError(
+                f"{socket.gethostname()} does not find the volume that is being made in {self.store}",
+                expected="a store that all workers see under the same address",
+                remedy="give a folder on a file system, or the store of a bucket, that all machines share",
+            )
+        self.tomogram.confirm()
+        group = zarr.open_group(self.store, mode="r+", zarr_format=3)
+        return Ingestion(group, self.tomogram, self.grid, self.rule, self.facts)
 
 
-def settle_fill(group: zarr.Group, source: CheckedSource, rule: Rule, progress: Progress) -> Fill | None:
-    """Return the fill of the source, searched once for a store; None for rule "tomocpt" or without."""
-    if rule == "tomocpt":
-        return None
-    receipts = Receipts(group.store, "fill")
-    receipt = receipts.all().get("source")
-    if receipt is None:
-        found = find_fill(
-            source,
-            source.shape,
-            lambda: volume_array(group, "source_fill", source.shape, "bool", BOX, "fill"),
-            progress=progress,
+def store_tile(task: tuple[Box, int], volume: Ingestion, report: Report) -> None:
+    """Store those chunks of a tile that have no receipt; report the voxels that have one now as done.
+
+    `task` is the tile, a union of whole chunks, and how many of its voxels are counted as done already.
+    Memory: 64 MB of voxels, and what reading and storing them allocates; about 100 MB.
+    """
+    tile, counted = task
+    began, source = time.monotonic(), CheckedSource(volume.tomogram)
+    chunks = {key_of(chunk): chunk for chunk in cut(tile, CHUNKS)}
+    present = volume.receipts.present(list(chunks))  # another run may have stored some of them meanwhile
+    missing = [chunk for key, chunk in chunks.items() if key not in present]
+    stored = 0
+
+    def tell() -> None:
+        left = sum(voxels_of(chunk) for chunk in missing) - stored
+        report(
+            {
+                "done": voxels_of(tile) - left - counted,
+                "voxels": stored,
+                "bytes_read": source.bytes_read,
+                "seconds": time.monotonic() - began,
+            }
         )
-        values, voxels = ([], []) if found is None else (list(found.values), list(found.voxels))
-        if sum(voxels) == math.prod(source.shape):
-            raise SourceError(
-                f"{source.tomogram.source}: every voxel is fill, held by whole regions at the faces "
+
+    tell()
+    if missing:
+        box = _around(missing)
+        values, filled = volume.resample(source, box), volume.resample_fill(box)
+        for chunk in missing:
+            z, y, x = (slice(c.start - b.start, c.stop - b.start) for c, b in zip(chunk, box, strict=True))
+            volume.store(chunk, values[z, y, x], None if filled is None else filled[z, y, x])
+            stored += voxels_of(chunk)
+            tell()
+        del values, filled
+        return_freed_memory()
+
+
+def search_fill(_: None, volume: Ingestion, report: Report) -> FillFacts:
+    """Find the fill of the source, store where it is, then the receipt of what it is; return this."""
+    receipts = Receipts(volume.group.store, "fill")
+    shape, began = volume.tomogram.shape, time.monotonic()
+    source = CheckedSource(volume.tomogram)
+    seen = 0
+
+    def progress(stage: str, done: int, total: int) -> None:
+        nonlocal seen
+        del stage, total
+        seen = done
+        tell(done)
+
+    def tell(done: int) -> None:
+        seconds = time.monotonic() - began
+        report({"done": done, "voxels": seen, "bytes_read": source.bytes_read, "seconds": seconds})
+
+    facts = receipts.get("source")
+    if facts is None:
+        found = find_fill(source.read, shape, lambda: source_fill(volume.group, shape), progress=progress)
+        values, voxels = ((), ()) if found is None else (found.values, found.voxels)
+        if sum(voxels) == math.prod(shape):
+            raise BrokenSourceError(
+                f"{volume.tomogram.source}: every voxel is fill, held by whole regions at the faces "
                 f"({', '.join(f'{value:g}' for value in values)})",
                 expected="voxels of many values",
                 remedy="check that this is the reconstruction and not a mask or an empty volume",
             )
-        receipt = receipts.put("source", {"values": values, "voxels": voxels})
-    if not receipt["values"]:
-        return None
-    mask = volume_array(group, "source_fill", source.shape, "bool", BOX, "fill")
-    return Fill(tuple(receipt["values"]), tuple(receipt["voxels"]), mask)
+        facts = {"values": list(values), "voxels": list(voxels)}
+        put_facts(receipts, "source", facts, f"the fill of {volume.tomogram.name}")
+        return_freed_memory()
+    tell(math.prod(shape))  # without values to look for, or by another run, not every voxel was seen here
+    return tuple(facts["values"]), tuple(facts["voxels"])
 
 
-def settle_percentiles(job: Ingestion, progress: Progress) -> tuple[float, ...]:
-    """Return p5, p50, p95 in two passes; equal ones are an error that says how many voxels are equal."""
-    seen = 0
-    total = 2 * math.prod(job.source.shape if job.rule == "tomocpt" else job.grid.shape)
+def source_fill(group: zarr.Group, shape: Shape) -> zarr.Array[Any]:
+    """Return the array that says which source voxels are fill; chunks without any are absent."""
+    return volume_array(group, "source_fill", shape, "bool", BOX, "fill")
 
-    def blocks() -> Iterator[Floats]:
-        nonlocal seen
-        for box, values in job.values():
-            yield values
-            seen += voxels_of(box)
-            progress("statistics", seen, total)
 
-    found = exact_percentiles(blocks)
-    if found[0] == found[2]:
-        equal = kept = 0
-        for _, values in job.values():
-            equal += int(np.count_nonzero(values == np.float32(found[0])))
-            kept += values.size
-        raise _flat(job.source.tomogram.source, found[0], equal / kept)
-    return found
+def put_facts(receipts: Receipts, key: str, facts: Mapping[str, Any], what: str) -> None:
+    """Put a receipt of facts, beside which it says who made them; other facts there are an error."""
+    stored = receipts.put(key, {**facts, **circumstances()})
+    if any(stored.get(name) != fact for name, fact in facts.items()):
+        raise DuplicateError(
+            f"{what} came out with other voxels than its receipt says, of {stored.get('worker')} "
+            f"on {stored.get('machine')}",
+            expected="the same voxels from every run",
+            remedy="delete the store and run again; the tomogram has changed or a disk is failing",
+        )
+
+
+def key_of(chunk: Box) -> str:
+    """Return the key of a chunk's receipt."""
+    return ".".join(str(side.start // CHUNK) for side in chunk)
 
 
 def volume_array(
@@ -243,17 +289,9 @@ def volume_array(
     return checked(there.with_config(config), missing)  # open_array of zarr 3.1 ignores a config
 
 
-def _flat(source: str, value: float, share: float) -> SourceError:
-    return SourceError(
-        f"{source}: {share:.1%} of the voxels have the value {value:g}, so that p5 = p95",
-        expected="voxels of many values",
-        remedy="check that this is the reconstruction and not a mask or an empty volume",
+def _around(boxes: list[Box]) -> Box:
+    z, y, x = (
+        slice(min(side.start for side in sides), max(side.stop for side in sides))
+        for sides in zip(*boxes, strict=True)
     )
-
-
-def _unequal(key: str, name: str) -> CheckpointError:
-    return CheckpointError(
-        f"chunk {key} of {name} came out with other voxels than its receipt says",
-        expected="the same voxels from every run",
-        remedy="delete the store and run again; the tomogram has changed or the disk is failing",
-    )
+    return z, y, x

@@ -55,19 +55,17 @@ def exact_percentiles(
 def count_upper(blocks: Iterable[Floats]) -> Counts:
     """Return how many voxels have each upper half: (65536,)."""
     counts = np.zeros(_BINS, np.int64)
-    for block in blocks:
-        for upper, _ in _halves(block):
-            counts += np.bincount(upper, minlength=_BINS)
+    for upper, _ in _halves(blocks):
+        counts += np.bincount(upper, minlength=_BINS)
     return counts
 
 
 def count_lower(blocks: Iterable[Floats], bins: Sequence[int]) -> Counts:
     """Return how many voxels of each upper half in `bins` have each lower half: (len(bins), 65536)."""
     counts = np.zeros((len(bins), _BINS), np.int64)
-    for block in blocks:
-        for upper, lower in _halves(block):
-            for row, key in zip(counts, bins, strict=True):
-                row += np.bincount(lower[upper == key], minlength=_BINS)
+    for upper, lower in _halves(blocks):
+        for row, key in zip(counts, bins, strict=True):
+            row += np.bincount(lower[upper == key], minlength=_BINS)
     return counts
 
 
@@ -135,11 +133,13 @@ def unpack(packed: bytes) -> Counts:
     return found.astype(np.int64).reshape(-1, _BINS)
 
 
-def _halves(block: Floats) -> Iterator[tuple[Halves, Halves]]:
+def _halves(blocks: Iterable[Floats]) -> Iterator[tuple[Halves, Halves]]:
     """Yield the upper and the lower 16 bits of the voxels, a piece at a time: counting widens them."""
-    pairs = np.ascontiguousarray(block, dtype="<f4").reshape(-1).view("<u2").reshape(-1, 2)
-    for start in range(0, len(pairs), _PIECE):
-        yield pairs[start : start + _PIECE, 1], pairs[start : start + _PIECE, 0]
+    for block in blocks:
+        pairs = np.ascontiguousarray(block, dtype="<f4").reshape(-1).view("<u2").reshape(-1, 2)
+        for start in range(0, len(pairs), _PIECE):
+            yield pairs[start : start + _PIECE, 1], pairs[start : start + _PIECE, 0]
+        del block, pairs  # before the next block is read
 
 
 def _check(coarse: Counts) -> None:

@@ -1,4 +1,4 @@
-"""How a volume is cut into boxes that are read at a time, and the few threads that work on them.
+"""How a volume is cut into boxes that are read at a time, and the threads that read them ahead.
 
 Nothing here changes a voxel: tiles only decide how often a stored chunk of the source is read, and
 how much memory that takes.
@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import queue
-import threading
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
@@ -20,7 +18,7 @@ import numpy.typing as npt
 from tomocpt_stream.resample import axis_taps, resample_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from tomocpt_stream.frame import Box, Grid, Rule, Shape
 
@@ -101,13 +99,6 @@ def cut(box: tuple[slice, ...], edges: Shape) -> list[Box]:
     return [(z, y, x) for z, y, x in itertools.product(*sides)]
 
 
-def slabs(shape: Shape) -> list[Box]:
-    """Return the boxes of a volume in raster order of their voxels, each of bounded size."""
-    rows = max(1, BLOCK_BYTES // (4 * shape[2]))
-    planes = max(1, rows // shape[1])
-    return cut(whole(shape), (planes, min(rows, shape[1]), shape[2]))
-
-
 def whole(shape: Shape) -> Box:
     """Return the box of all voxels."""
     return slice(0, shape[0]), slice(0, shape[1]), slice(0, shape[2])
@@ -116,36 +107,6 @@ def whole(shape: Shape) -> Box:
 def voxels_of(box: Box) -> int:
     """Return how many voxels a box has."""
     return math.prod(side.stop - side.start for side in box)
-
-
-def drain(works: list[Iterator[int]]) -> Generator[int, None, None]:
-    """Run generators on a few threads and yield what they yield; the first error stops them all."""
-    done: queue.SimpleQueue[int | BaseException | None] = queue.SimpleQueue()
-    stop = threading.Event()
-
-    def run(work: Iterator[int]) -> None:
-        try:
-            while not stop.is_set() and (step := next(work, None)) is not None:
-                done.put(step)
-            done.put(None)
-        except BaseException as error:
-            done.put(error)
-
-    with ThreadPoolExecutor(WORKERS, "ingest") as pool:
-        try:
-            for work in works:
-                pool.submit(run, work)
-            left = len(works)
-            while left:
-                step = done.get()
-                if isinstance(step, BaseException):
-                    raise step
-                if step is None:
-                    left -= 1
-                else:
-                    yield step
-        finally:
-            stop.set()
 
 
 def prefetch(read: Callable[[Box], Floats], boxes: Iterable[Box]) -> Iterator[tuple[Box, Floats]]:

@@ -9,11 +9,8 @@ memory, threads or on how often the work was interrupted.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import math
-import sys
-import time
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,12 +21,16 @@ from zarr.storage import LocalStore
 
 from tomocpt_stream.errors import CheckpointError, PlanError
 from tomocpt_stream.frame import RULES, Frame, Grid, Rule, working_grid
-from tomocpt_stream.ingestion import CheckedSource, Ingestion, settle_fill, settle_percentiles, volume_array
+from tomocpt_stream.ingestion import ATTRIBUTE as ATTRIBUTE
+from tomocpt_stream.ingestion import Ingestion
+from tomocpt_stream.intake import Intake
+from tomocpt_stream.memory import return_freed_memory
 from tomocpt_stream.patience import PatientStore
 from tomocpt_stream.progress import Progress, silent
-from tomocpt_stream.receipts import Receipts, as_store, claim_group, config_hash, read_json
+from tomocpt_stream.receipts import as_store, claim_group, config_hash, read_json
 from tomocpt_stream.stored import checked
 from tomocpt_stream.tiles import CHUNK
+from tomocpt_stream.voxels import shared
 
 if TYPE_CHECKING:
     from zarr.abc.store import Store
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     from tomocpt_stream.tomogram import Tomogram
 
 FORMAT_VERSION = 1
-ATTRIBUTE = "tomocpt_stream"
+_LITTER_AGE = 60
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,6 +111,11 @@ def ingest(
     A run that was killed goes on where it stopped and ends with the same bytes; a finished store
     is returned at once.
 
+    With a `client` the work is done by its workers, which read the source and write the store for
+    themselves, and leave the same bytes: each holds two tiles at a time, so about 0.3 GB too. A
+    tomogram in memory (`Tomogram.travels` is False) does not leave the calling process, which ingests
+    it alone.
+
     Raises
     ------
     SourceError
@@ -117,39 +123,27 @@ def ingest(
     CheckpointError
         The store holds something else, or a volume made with other parameters.
     PlanError
-        The voxel size, the rule or the client cannot be used.
+        The voxel size or the rule cannot be used, or the workers do not see the store.
     """
-    _check_request(voxel_size, rule, client)
-    started = time.time()
+    _check_request(voxel_size, rule)
     grid = working_grid(tomogram.shape, tomogram.voxel_size, voxel_size, rule)
-    target = as_store(store)
+    target = as_store(store) if client is None else shared(as_store(store))
     group, attributes = _claim(PatientStore(target), tomogram, grid, rule, voxel_size)
     if "percentiles" in attributes:
         return replace(open_volume(target), name=tomogram.name)
-    source = CheckedSource(tomogram)
-    fill = settle_fill(group, source, rule, progress)
-    array = volume_array(group, "0", grid.shape, "float32")
-    filled = None if fill is None else volume_array(group, "fill", grid.shape, "bool")
-    job = Ingestion(source, grid, rule, fill, array, filled, Receipts(target, "volume"))
-    job.run(progress)
-    percentiles = settle_percentiles(job, progress)
-    _sweep(target, started)
-    found = None if fill is None else {"values": list(fill.values), "voxels": list(fill.voxels)}
+    volume, percentiles = Intake(
+        Ingestion(group, tomogram, grid, rule),
+        attributes["fingerprint"],
+        client if tomogram.travels else None,
+        progress,
+    ).run()
+    values, voxels = volume.facts
+    found = {"values": list(values), "voxels": list(voxels)} if values else None
     finished = {**attributes, "percentiles": list(percentiles), "fill": found}
     group.attrs.put({**group.attrs.asdict(), ATTRIBUTE: finished})
-    _return_freed_memory()
+    _sweep(target)
+    return_freed_memory()
     return open_volume(target)
-
-
-def _return_freed_memory() -> None:
-    """Give freed blocks back to the system.
-
-    glibc keeps freed blocks of up to 32 MB in its heap, where the next stage's buffers, larger ones,
-    find no room: 110 MB after an ingestion that would come on top of the next stage's own.
-    """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)
 
 
 def open_volume(store: StoreLike) -> Volume:
@@ -193,7 +187,7 @@ def ome_metadata(name: str, grid: Grid, frame: Frame) -> dict[str, Any]:
     return {"version": "0.5", "multiscales": [{"name": name, "axes": axes, "datasets": datasets}]}
 
 
-def _check_request(voxel_size: float, rule: str, client: object) -> None:
+def _check_request(voxel_size: float, rule: str) -> None:
     if not (math.isfinite(voxel_size) and voxel_size > 0):
         raise PlanError(
             f"a working voxel size of {voxel_size} Å",
@@ -202,12 +196,6 @@ def _check_request(voxel_size: float, rule: str, client: object) -> None:
         )
     if rule not in RULES:
         raise PlanError(f"rule {rule!r}", expected=f"one of {', '.join(RULES)}", remedy="pass one of these")
-    if client is not None:
-        raise PlanError(
-            "a client for ingest",
-            expected="client=None: ingest runs in the calling process",
-            remedy="leave out the client; only scoring is distributed",
-        )
 
 
 def _claim(
@@ -301,10 +289,15 @@ def _volume(store: Store, attributes: dict[str, Any]) -> Volume:
     )
 
 
-def _sweep(store: Store, started: float) -> None:
-    """Delete the temporary files that killed runs left; those of this run's time may be in use."""
+def _sweep(store: Store) -> None:
+    """Delete the temporary files that killed writers left, but none that a living one may yet rename.
+
+    A chunk takes a fraction of a second to write, so that one of a minute ago has no writer any more.
+    Both times are those of the file system, whatever the clocks of the machines say.
+    """
     if isinstance(store, LocalStore):
+        now = (store.root / "zarr.json").stat().st_mtime  # just put
         for path in store.root.rglob("*.partial"):
-            with suppress(FileNotFoundError):  # another run has finished it meanwhile
-                if path.stat().st_mtime < started:
+            with suppress(FileNotFoundError):  # renamed meanwhile
+                if path.stat().st_mtime < now - _LITTER_AGE:
                     path.unlink()

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
-from zarr.storage import LocalStore, MemoryStore, WrapperStore
+from zarr.storage import LocalStore, MemoryStore, WrapperStore, ZipStore
 
-from tomocpt_stream.errors import SourceError
+from tomocpt_stream.errors import PlanError, SourceError
 
 if TYPE_CHECKING:
     import dask.array as da  # noqa: TID251
@@ -57,15 +57,33 @@ class Voxels(Protocol):
 
 
 def is_shared(store: Store) -> bool:
-    """Return whether another process that unpickles a zarr store finds the same objects in it."""
+    """Return whether another process that unpickles a zarr store reads the same objects in it."""
+    inner = _innermost(store)
+    if isinstance(inner, LocalStore):
+        return inner.root.is_absolute()
+    # The stores over obstore and fsspec may lie in memory too.
+    protocol = getattr(getattr(inner, "fs", None), "protocol", "")
+    in_memory = "memory" in protocol or type(getattr(inner, "store", None)).__name__ == "MemoryStore"
+    return not (isinstance(inner, MemoryStore) or in_memory)
+
+
+def shared(store: Store) -> Store:
+    """Return a store as other processes find it; one that they cannot write into is a PlanError."""
+    if type(store) is LocalStore:  # workers have working directories of their own
+        store = LocalStore(store.root.absolute(), read_only=store.read_only)
+    if is_shared(store) and not isinstance(_innermost(store), ZipStore):  # one file has one writer
+        return store
+    raise PlanError(
+        f"a client, and the store {store}, which only this process can use",
+        expected="a store that every worker can read and write",
+        remedy="give a folder on a disk that all workers see, or the store of a bucket",
+    )
+
+
+def _innermost(store: Store) -> Store:
     while isinstance(store, WrapperStore):
         store = store._store
-    if isinstance(store, LocalStore):
-        return store.root.is_absolute()
-    # The stores over obstore and fsspec may lie in memory too.
-    protocol = getattr(getattr(store, "fs", None), "protocol", "")
-    in_memory = "memory" in protocol or type(getattr(store, "store", None)).__name__ == "MemoryStore"
-    return not (isinstance(store, MemoryStore) or in_memory)
+    return store
 
 
 def planes(shape: Shape) -> Shape:
