@@ -144,6 +144,9 @@ def test_workers_are_looked_at_four_times_a_second(screen: Screen, monkeypatch: 
             progress.workers("predict", [busy("a"), busy("b")])
             clock.now += 0.0625
         progress.workers("ingest", [busy("a"), busy("b")])
+        progress("seams", 0, 2)
+        clock.now += 1
+        progress.workers("predict", [busy("a"), busy("b")])  # late news
     assert looks == [0.0, 0.25, 0.5, 0.75, 1.0]
 
 

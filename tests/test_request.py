@@ -9,6 +9,7 @@ import subprocess
 import sys
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -19,12 +20,13 @@ import pytest
 from click.testing import CliRunner, Result
 
 from tests.blobs import NamedBlobPicker, blobs
-from tomocpt_stream import cluster, connection, picker, pipeline
+from tomocpt_stream import cluster, connection, picker, pipeline, terminal
 from tomocpt_stream.__main__ import main
 from tomocpt_stream.errors import JobError
 from tomocpt_stream.formats import read_picks
 from tomocpt_stream.phantom import write_mrc
 from tomocpt_stream.picks import Picks
+from tomocpt_stream.progress_log import log_progress
 from tomocpt_stream.request import PickRequest, workers
 
 if TYPE_CHECKING:
@@ -92,6 +94,8 @@ class Calls:
             if self.lose is not None:
                 self.lose.status = "closed"
             raise self.error
+        settings["progress"]("predict", 0, 2)
+        settings["progress"]("predict", 1, 2)
         score = np.ones(len(CENTRES), np.float32)
         return Picks(CENTRES, score, voxel_size=10.0, tomogram=tomogram.name, shape=SHAPE)
 
@@ -169,6 +173,15 @@ def test_workers_are_handed_on_and_dismissed(
     assert shown.count(" in each of 3 workers\n") == 2
     assert clients.status == "closed"
     assert clients.waited == 0
+
+
+def test_lines_of_the_log_name_the_tomogram(calls: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(terminal, "log_progress", partial(log_progress, every=0.0))
+    shown = run("b.mrc").stderr
+    assert [line.split(" ", 2)[2] for line in shown.splitlines()][0::2] == [
+        "predict a: 0.0 %",
+        "predict b: 0.0 %",
+    ]
 
 
 def test_one_cluster_at_a_time(clients: Workers, calls: Calls) -> None:

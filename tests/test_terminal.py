@@ -148,9 +148,12 @@ def test_the_log_on_a_terminal_needs_no_time_of_day(screen: Screen) -> None:
     assert screen.getvalue() == "waiting for a worker\n"
 
 
-def test_the_log_is_left_as_it_was(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_log_is_left_as_it_was(
+    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
     logger = logging.getLogger("tomocpt_stream")
-    before = logger.level, list(logger.handlers)
+    caplog.set_level(logging.ERROR, logger=logger.name)
+    before = logging.ERROR, list(logger.handlers)
     with log_to_stderr():
         assert logger.isEnabledFor(logging.INFO)
     with pytest.raises(KeyboardInterrupt), log_to_stderr():
