@@ -317,17 +317,17 @@ def network_table(shape: tuple[int, int, int], repeats: int, source: str, device
     ]
 
 
-def versions() -> list[str]:
-    """Return what the figures depend on: commit, machine, versions."""
+def versions(script: str = "bench_pipeline.py", *others: str) -> list[str]:
+    """Return what the figures depend on: commit, machine, versions; `others` are further packages."""
     git = ["git", "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(git, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
-    names = ("numpy", "scipy", "torch", "zarr", "monai", "scikit-image")
+    names = ("numpy", "scipy", "torch", "zarr", "monai", "scikit-image", *others)
     machine = f"{os.cpu_count()} CPUs, {platform.machine()}, {platform.system()}"
     return [
         f"- commit {commit.stdout.strip() or 'unknown'}, {dt.datetime.now(tz=dt.UTC):%Y-%m-%d}",
         f"- {machine}, CPython {platform.python_version()}",
         "- " + ", ".join(f"{name} {metadata.version(name)}" for name in names),
-        f"- `{' '.join(['python benchmarks/bench_pipeline.py', *sys.argv[1:]])}`",
+        f"- `{' '.join([f'python benchmarks/{script}', *sys.argv[1:]])}`",
     ]
 
 
