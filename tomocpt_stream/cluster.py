@@ -1,71 +1,54 @@
-"""Clusters of dask workers: one for this machine, and the jobs of a stage on any of them.
+"""Clusters of dask workers: one for this machine, and what the workers of any cluster hold.
 
-Jobs are submitted a few at a time for each worker and forgotten when they are done, so that neither
-scheduler nor client grows with their number. Voxels and weights never pass through the scheduler.
+Workers are processes that were spawned, with two threads each; one process for each GPU.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 import multiprocessing
 import os
-import pickletools
-import queue
 import re
 import shutil
 import subprocess
-import threading
-import time
-import uuid
-from collections import deque
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
 from functools import partial
 from itertools import takewhile
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import dask
 import numpy as np
 from dask.system import cpu_count
-from distributed import (
-    CancelledError,
-    Client,
-    Future,
-    KilledWorker,
-    Nanny,
-    Scheduler,
-    SpecCluster,
-    Worker,
-    WorkerPlugin,
-    get_worker,
-)
+from distributed import Client, Nanny, Scheduler, SpecCluster, Worker, WorkerPlugin
+from distributed.core import Status
+from distributed.deploy.cluster import Cluster
 from distributed.protocol.pickle import dumps, loads
 from distributed.worker_memory import parse_memory_limit
 
 from tomocpt_stream.errors import JobError, PlanError
-from tomocpt_stream.progress import Tally
-from tomocpt_stream.stages import Attempts, perform, residents
+from tomocpt_stream.stages import residents
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
-
-    from tomocpt_stream.stages import Job, Stage
-
-T = TypeVar("T")
+    from collections.abc import Iterator
 
 # Threads of one worker that run jobs: while one computes, the other reads ahead.
 THREADS = 2
 # Threads that one batch is scored with on a CPU; part of the numerics, so the same on every machine.
 CPU_THREADS = 2
-# Jobs that wait on a worker beside those that its threads run.
-_WAITING = 1
 # An idle worker with torch loaded; one that may hold less is ended and started for ever.
 _LEAST_MEMORY = 300_000_000
 _METHOD = "distributed.worker.multiprocessing-method"
-# Seconds to wait for the end of a job before looking around, and between two counts of the workers.
-_POLL, _ASK = 0.25, 2.0
+
+
+class _StandingCluster(SpecCluster):
+    """A cluster that gives up none of its workers, however often one dies.
+
+    Dask's own looks 15 s after a death, and closes a worker for good that is just being started again.
+    """
+
+    def _update_worker_status(self, op: str, msg: Any) -> None:
+        Cluster._update_worker_status(self, op, msg)
 
 
 class LocalClient(Client):
@@ -129,7 +112,7 @@ def local_cluster(n_workers: int | None = None, *, memory_limit: str | int = "au
         "options": {"host": "127.0.0.1", "port": 0, "dashboard": True, "dashboard_address": "127.0.0.1:0"},
     }
     with ExitStack() as undo, _own_environment():
-        cluster = SpecCluster(
+        cluster = _StandingCluster(  # type: ignore[no-untyped-call]
             workers=workers, scheduler=scheduler, silence_logs="ERROR", name="tomocpt-stream"
         )
         undo.callback(cluster.close)
@@ -159,6 +142,13 @@ def visible_gpus() -> list[str]:
 def worker_count(client: Any) -> int:
     """Return the number of workers that a client has now, at least 1; None is the calling process."""
     return 1 if client is None else max(1, len(client.nthreads()))
+
+
+def is_deserted(client: Any) -> bool:
+    """Return whether all workers of a client's own cluster have died and could not be started again."""
+    workers: dict[Any, Any] = getattr(client.cluster, "workers", None) or {}
+    ended = (Status.closed, Status.failed)
+    return bool(workers) and all(getattr(worker, "status", None) in ended for worker in workers.values())
 
 
 def _checked(n_workers: object) -> int | None:
@@ -207,10 +197,10 @@ def _memory_limit(limit: str | float, count: int) -> int:
 class _Resident(WorkerPlugin):
     """Brings a thing to every worker, those that join later included; pickled to each of them once."""
 
-    def __init__(self, name: str, thing: Any, *, for_good: bool) -> None:
+    def __init__(self, name: str, data: bytes, *, for_good: bool) -> None:
         self.name, self._label, self._for_good = _plugin_name(name), name, for_good
         # Unpickled in `setup`: a worker that cannot load it starts all the same, and its jobs say why.
-        self._data = dumps(thing)
+        self._data = data
 
     def setup(self, worker: Worker) -> None:  # noqa: ARG002  (the plugin's signature)
         data, self._data = self._data, b""
@@ -226,46 +216,32 @@ def _plugin_name(name: str) -> str:
     return f"tomocpt-stream {name}"
 
 
-class _Acquaintance:
-    """What is known of a client: what its workers hold for good, and which runs hear of their jobs.
-
-    There is one topic a client, however many runs: a scheduler never forgets a topic.
-    """
-
-    def __init__(self, client: Client) -> None:
-        self.held: set[str] = set()
-        self.runs: dict[str, queue.SimpleQueue[dict[str, Any]]] = {}
-        self.topic = f"tomocpt-stream {client.id}"
-        client.subscribe_topic(self.topic, self._hear)
-
-    def _hear(self, event: tuple[float, dict[str, Any]]) -> None:
-        _, news = event
-        run = self.runs.get(news["run"])
-        if run is not None:
-            run.put(news)
+def _pickled(name: str, thing: Any) -> bytes:
+    try:
+        data: bytes = dumps(thing)
+    except Exception as error:
+        raise PlanError(
+            f"the {name} cannot be sent to workers ({type(error).__name__}: {error})",
+            expected="something that can be pickled",
+            remedy="give its class a __reduce__ that loads it again where it arrives",
+        ) from error
+    return data
 
 
-_ACQUAINTANCES: WeakKeyDictionary[Client, _Acquaintance] = WeakKeyDictionary()
-_ACQUAINTING = threading.Lock()
-
-
-def _acquaintance(client: Client) -> _Acquaintance:
-    with _ACQUAINTING:
-        if client not in _ACQUAINTANCES:
-            _ACQUAINTANCES[client] = _Acquaintance(client)
-        return _ACQUAINTANCES[client]
+_HELD: WeakKeyDictionary[Client, set[str]] = WeakKeyDictionary()
 
 
 @contextmanager
 def hold_on_workers(client: Any, name: str, thing: Any, *, for_good: bool) -> Iterator[None]:
     """Have every worker of a client hold a thing under a name: for good, or within this context.
 
-    Raises what a worker raises that cannot load it.
+    Raises PlanError where it cannot be pickled, JobError where a worker dies of it, and what a worker
+    raises that cannot load it.
     """
-    held = _acquaintance(client).held
+    held = _HELD.setdefault(client, set())
     try:
         if name not in held:
-            client.register_plugin(_Resident(name, thing, for_good=for_good))
+            _bring(client, _Resident(name, _pickled(name, thing), for_good=for_good))
         if for_good:
             held.add(name)
         yield
@@ -274,232 +250,17 @@ def hold_on_workers(client: Any, name: str, thing: Any, *, for_good: bool) -> It
             client.unregister_worker_plugin(_plugin_name(name))
 
 
-def run_on_cluster(
-    stage: Stage[T], jobs: Iterable[Job], client: Any, watch: Callable[[list[Tally]], None]
-) -> Iterator[tuple[Job, Any]]:
-    """Yield the answers of jobs that run on the workers of `client`, as they come; see `run_jobs`."""
-    run = _Run(stage, client, watch)
+def _bring(client: Any, plugin: _Resident) -> None:
     try:
-        yield from run.answers(iter(jobs))
-    finally:
-        run.close()
-
-
-@dataclass
-class _UnderWay:
-    """A job on the cluster; `worker` is the one that was last heard of it."""
-
-    job: Job
-    future: Future[Any]
-    alone: bool
-    worker: str | None = None
-
-
-class _Run:
-    """The jobs of one stage on a cluster: which are under way, which wait for another try."""
-
-    def __init__(self, stage: Stage[Any], client: Any, watch: Callable[[list[Tally]], None]) -> None:
-        self._stage, self._client, self._watch = stage, client, watch
-        self._name = uuid.uuid4().hex[:8]
-        self._attempts = Attempts(stage)
-        self._submitted = 0
-        # By the number of their submission: news of an earlier try is not taken for that of a later one.
-        self._under_way: dict[int, _UnderWay] = {}
-        self._ended: queue.SimpleQueue[int] = queue.SimpleQueue()
-        self._again: deque[Job] = deque()
-        # Jobs whose worker died again and again: they may be innocent, so each gets a run of its own.
-        self._suspects: deque[Job] = deque()
-        self._tallies: dict[str, Tally] = {}
-        self._limit, self._asked = 1, -math.inf
-        self._news: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
-        self._acquaintance = _acquaintance(client)
-        self._acquaintance.runs[self._name] = self._news
-
-    def answers(self, ahead: Iterator[Job]) -> Iterator[tuple[Job, Any]]:
-        """Yield each job with its answer."""
-        while True:
-            self._check_alive()
-            self._fill(ahead)
-            if not (self._under_way or self._again or self._suspects):
-                break
-            for number in self._wait():
-                answer = self._settle(number)
-                if answer is not None:
-                    yield answer
-        self._attempts.settle()
-
-    def close(self) -> None:
-        """Drop what is still under way, and stop listening."""
-        del self._acquaintance.runs[self._name]
-        futures = [under_way.future for under_way in self._under_way.values()]
-        self._under_way.clear()
-        if futures and self._client.status == "running":
-            self._client.cancel(futures, reason="the run was ended")
-
-    def _check_alive(self) -> None:
-        """Raise where the scheduler is gone; workers may come back, so they are waited for."""
-        if self._client.status not in ("running", "connecting"):
-            raise JobError(
-                f"{self._stage.name} of {self._stage.tomogram}: the scheduler is gone "
-                f"(the client is {self._client.status})",
-                expected="a scheduler that answers until the end",
-                remedy="start the cluster again and run again with the same store: what is done is kept",
-            )
-
-    def _fill(self, ahead: Iterator[Job]) -> None:
-        """Submit jobs up to the limit: new ones, then those for another try, then suspects one by one."""
-        while self._client.status == "running" and len(self._under_way) < self._room():
-            job = next(ahead, None)
-            if job is None and self._again and not self._attempts.delay(self._again[0]):
-                job = self._again.popleft()
-            if job is None:
-                if self._suspects and not (self._under_way or self._again):
-                    self._submit(self._suspects.popleft(), alone=True)
-                return
-            self._submit(job)
-
-    def _room(self) -> int:
-        """Return how many jobs may be under way: a few for each worker, whose number may change."""
-        if time.monotonic() - self._asked > _ASK:
-            with suppress(OSError):  # the connection may be lost at any time
-                threads = self._client.nthreads()
-                self._limit = max(1, sum(min(count, THREADS) + _WAITING for count in threads.values()))
-            self._asked = time.monotonic()
-        return self._limit
-
-    def _submit(self, job: Job, *, alone: bool = False) -> None:
-        self._submitted += 1
-        stage, number = self._stage, self._submitted
-        # What precedes the first dash is the group that the dashboard colours; the rest is for people.
-        key = f"{stage.name}-{number} of {stage.total}, {stage.tomogram}, {job.label}-{self._name}"
-        sender = (self._acquaintance.topic, self._name, number)
-        future = self._client.submit(
-            _on_worker, stage.function, stage.address, job.payload, sender, key=key, pure=False
-        )
-        self._under_way[number] = _UnderWay(job, future, alone)
-        future.add_done_callback(lambda _: self._ended.put(number))
-
-    def _wait(self) -> list[int]:
-        """Return the numbers of the jobs that have ended since the last call; none after a moment."""
-        numbers = []
-        try:
-            numbers.append(self._ended.get(timeout=_POLL))
-            while True:
-                numbers.append(self._ended.get_nowait())
-        except queue.Empty:
-            pass
-        self._hear()
-        return numbers
-
-    def _settle(self, number: int) -> tuple[Job, Any] | None:
-        """Return a finished job with its answer; put one that failed where it belongs."""
-        ended = self._under_way.pop(number)
-        job, (name, answer, numbers), error = ended.job, *_outcome(ended.future)
-        if error is None:
-            self._tell(ended, number, name, numbers)
-            self._tallies[name].finish(str(number))
-            self._attempts.succeeded(job)
-            self._watch(list(self._tallies.values()))
-            return job, answer
-        self._tell(ended, number, None, {})
-        if self._client.status != "running":  # if the scheduler comes back, so does the job
-            self._again.append(job)
-        elif isinstance(error, KilledWorker):
-            if self._attempts.failed(job, _killed(error), most=1 if ended.alone else math.inf):
-                self._suspects.append(job)
-        elif self._attempts.failed(job, error):
-            self._again.append(job)
-        return None
-
-    def _tell(self, under_way: _UnderWay, number: int, worker: str | None, numbers: dict[str, float]) -> None:
-        """Put down what a worker says of a job; one that it began on a worker that died is taken off that."""
-        if under_way.worker is not None:
-            self._tallies[under_way.worker].running.pop(str(number), None)
-        under_way.worker = worker
-        if worker is not None:
-            self._tallies.setdefault(worker, Tally(worker)).running[str(number)] = numbers
-
-    def _hear(self) -> None:
-        """Bring the tallies up to what running jobs have told."""
-        heard = False
-        while not self._news.empty():
-            news = self._news.get()
-            under_way = self._under_way.get(news["job"])
-            if under_way is not None:
-                self._tell(under_way, news["job"], news["name"], news["numbers"])
-                heard = True
-        if heard:
-            self._watch(list(self._tallies.values()))
-
-
-def _outcome(future: Future[Any]) -> tuple[tuple[str, Any, dict[str, float]], BaseException | None]:
-    """Return what `_on_worker` returned of a job that has ended, and its error; release it."""
-    nothing: tuple[str, Any, dict[str, float]] = ("", None, {})
-    try:
-        if future.status == "finished":
-            return future.result(), None
-        if future.status == "error":
-            return nothing, _readable(future.exception()).with_traceback(future.traceback())
-        lost = str(future.status)
-    except (CancelledError, OSError) as error:  # its worker or the scheduler went just now
-        lost = f"{type(error).__name__}: {error}"
-    finally:
-        # Not when the last reference goes: an error that is looked at holds the frames it came through.
-        future.release()
-    dropped = JobError(
-        f"the scheduler dropped the task ({lost})",
-        expected="an answer",
-        remedy="look at the scheduler's log",
-    )
-    return nothing, dropped
-
-
-def _readable(error: BaseException) -> BaseException:
-    """Return an error, or what can be read of one whose class only the worker knows.
-
-    Such are those of a library for the worker's device; what comes then is their pickle.
-    """
-    if type(error) is not Exception or not error.args or not isinstance(error.args[0], bytes):
-        return error
-    words = [word for _, word, _ in pickletools.genops(error.args[0]) if isinstance(word, str)]
-    return RuntimeError(f"an error that only the worker can load: {' '.join(words)}")
-
-
-def _killed(error: KilledWorker) -> JobError:
-    last = getattr(error.last_worker, "address", error.last_worker)
-    found = JobError(
-        f"its worker died {error.allowed_failures + 1} times, the last at {last}",
-        expected="a worker that lives until the task ends",
-        remedy="look at that worker's log; where it went beyond its memory limit, raise the limit or lower "
-        "the budget `memory`; then run again with the same store: what is done is kept",
-    )
-    found.__cause__ = error
-    return found
-
-
-def _on_worker(
-    function: Callable[..., Any], address: Any, payload: Any, sender: tuple[str, str, int]
-) -> tuple[str, Any, dict[str, float]]:
-    """Do one job and say who did it; `sender` is the topic, the run and the number of the job."""
-    worker = get_worker()
-    name = str(worker.name if worker.name is not None else worker.address)
-    topic, run, number = sender
-    task = worker.get_current_task()
-
-    def tell(numbers: dict[str, float]) -> None:
-        known = worker.state.tasks.get(task)
-        if known is None or known.state == "cancelled":  # the client has gone, or ended its run
-            raise JobError(
-                "nobody waits for the task any more",
-                expected="a client that stays until the end",
-                remedy="run again with the same store: what is done is kept",
-            )
-        plain = {of: float(found) for of, found in numbers.items()}  # no numpy scalars in a message
-        # Not "worker": under that the scheduler puts an address.
-        worker.log_event(topic, {"run": run, "job": number, "name": name, "numbers": plain})
-
-    answer, numbers = perform(function, address, payload, tell)
-    return name, answer, numbers
+        client.register_plugin(plugin)
+    except OSError as error:  # the connection to a worker, or to the scheduler, was closed
+        with suppress(Exception):  # else each worker that is started again would die of it again
+            client.unregister_worker_plugin(plugin.name)
+        raise JobError(
+            f"a worker died, or was lost, while it was given the {plugin.name} ({error})",
+            expected="workers that can load it",
+            remedy="look at the worker's log; where it went beyond its memory limit, raise that",
+        ) from error
 
 
 def dashboard(client: Any) -> str | None:

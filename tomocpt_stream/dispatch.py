@@ -43,7 +43,7 @@ def run_jobs(
     """
     if client is None:
         return _run_here(stage, jobs, watch)
-    from tomocpt_stream.cluster import run_on_cluster
+    from tomocpt_stream.submission import run_on_cluster
 
     return run_on_cluster(stage, jobs, client, watch)
 
