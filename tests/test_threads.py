@@ -93,18 +93,22 @@ def test_jobs_are_taken_as_they_are_needed() -> None:
 def test_a_job_that_fails_twice_is_done_at_the_third_try() -> None:
     tries = itertools.count()
     counted: list[float] = []
+    last: list[Tally] = []
 
     def work(number: int, _: None, report: Any) -> int:
         report({"done": 1})
         if number == 3 and next(tries) < 2:
+            report({"windows": 5})
             raise SourceError("a 503", expected="voxels", remedy="run again")
         return number
 
     def watch(tallies: list[Tally]) -> None:
+        last[:] = tallies
         counted.append(total(tallies))
 
     assert sorted(answer for _, answer in run_in_threads(stage(work, 9), jobs(9), watch)) == list(range(9))
     assert counted[-1] == 9
+    assert last[0].number("windows") == 0  # what a failed try reported does not count
 
 
 HOLE = SourceError("a hole", expected="voxels", remedy="mend it")
@@ -157,9 +161,11 @@ def test_an_error_that_ends_the_run_ends_the_other_jobs(error: BaseException) ->
 @pytest.mark.parametrize("how", ["leaves", "interrupts"])
 def test_whoever_leaves_ends_all_jobs(how: str) -> None:
     steps = itertools.count()
+    begun: list[int] = []
 
     def work(number: int, _: None, report: Any) -> None:
-        if number:
+        begun.append(number)
+        if number or how == "interrupts":
             for _step in range(1_000_000):
                 next(steps)
                 report({"done": 1})
@@ -174,6 +180,7 @@ def test_whoever_leaves_ends_all_jobs(how: str) -> None:
     else:
         with pytest.raises(Interrupted):
             list(run_in_threads(stage(work, 9), jobs(9), interrupt))
+        assert set(begun) <= {0, 1}
     assert next(steps) < 2_000_000
     assert threading.active_count() == 1 or not any(
         thread.name.startswith("fold") for thread in threading.enumerate()

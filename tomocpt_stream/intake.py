@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
@@ -52,13 +52,15 @@ if TYPE_CHECKING:
 class Intake:
     """One ingestion and where its jobs run: on the workers of `client`, or here where it is None.
 
-    `volume` is what the calling process has open, `fingerprint` that of the volume in the store.
+    `volume` is what the calling process has open, `fingerprint` that of the volume in the store. A
+    worker opens both once for all stages that know the same of the fill: `token` tells one run.
     """
 
     volume: Ingestion
     fingerprint: str
     client: Any
     progress: Progress
+    token: str = field(default_factory=lambda: uuid4().hex)
 
     def run(self) -> tuple[Ingestion, tuple[float, ...]]:
         """Store all that is missing; return the volume, which knows its fill now, and p5, p50, p95.
@@ -175,7 +177,7 @@ class Intake:
             rule=volume.rule,
             facts=volume.facts,
             fingerprint=self.fingerprint,
-            token=f"volume {self.fingerprint} {volume.facts} {uuid4().hex}",
+            token=f"volume {self.token} {volume.facts}",
         )
 
 
