@@ -6,6 +6,7 @@ is loaded once per worker, before any task, and stays on its device for every ma
 
 from __future__ import annotations
 
+import pickle
 import uuid
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -109,16 +110,26 @@ def picker_name(picker: Any, *, otherwise: str) -> str:
 
 
 def shared(store: Store) -> Store:
-    """Return a store as other processes of this machine find it; one in memory is a PlanError."""
-    inner = store
-    while isinstance(inner, WrapperStore):
-        inner = inner._store
-    if isinstance(inner, MemoryStore):
-        raise PlanError(
-            "a store in the memory of this process, and a client",
-            expected="a store that every worker can read and write",
-            remedy="give a path on a disk that all workers see, or the store of a bucket",
-        )
-    if type(store) is LocalStore:  # workers may have another working directory
+    """Return a store as other processes of this machine find it; PlanError for one that they do not."""
+    if isinstance(store, WrapperStore):
+        inner = shared(store._store)
+        return store if inner is store._store else store._with_store(inner)
+    file_system = getattr(store, "fs", None)
+    inside = getattr(file_system, "sync_fs", file_system)
+    if isinstance(store, MemoryStore) or getattr(inside, "protocol", None) == "memory":
+        raise _unseen("a store in the memory of this process, and a client")
+    try:
+        pickle.dumps(store)
+    except Exception as error:
+        raise _unseen(f"{store}, which cannot be sent to workers ({error})") from error
+    if type(store) is LocalStore and not store.root.is_absolute():  # workers may have another folder
         return LocalStore(store.root.absolute(), read_only=store.read_only)
     return store
+
+
+def _unseen(found: str) -> PlanError:
+    return PlanError(
+        found,
+        expected="a store that every worker can read and write",
+        remedy="give a path on a disk that all workers see, or the store of a bucket",
+    )

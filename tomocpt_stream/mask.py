@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import zarr
+from zarr.errors import ContainsArrayError
 
 from tomocpt_stream.errors import SourceError
 from tomocpt_stream.omezarr import as_voxels
@@ -56,17 +58,17 @@ class Mask:
         return (Mask, (self.tomogram, *self._made_of, self.fingerprint))
 
     def stored(self, store: Store, path: str) -> Mask:
-        """Return the same mask, its voxels copied to a zarr array that other processes can read."""
+        """Return the same mask, its voxels copied to a zarr array that other processes can read.
+
+        An array that is there is of an earlier run with this mask, or of one that reads it just now:
+        its chunks are put again, and none is taken away.
+        """
         source = self.tomogram.voxels
-        array = zarr.create_array(
-            store,
-            name=path,
-            shape=source.shape,
-            chunks=(CHUNK, CHUNK, CHUNK),
-            dtype="bool",
-            overwrite=True,
-            config={"write_empty_chunks": True},
-        )
+        with suppress(ContainsArrayError):
+            zarr.create_array(
+                store, name=path, shape=source.shape, chunks=(CHUNK, CHUNK, CHUNK), dtype="bool"
+            )
+        array = zarr.open_array(store, path=path, mode="r+").with_config({"write_empty_chunks": True})
         for box in cut(whole(source.shape), (CHUNK, 8 * CHUNK, 8 * CHUNK)):
             array[box] = source.read(box) != 0
         copy = Tomogram(

@@ -206,9 +206,10 @@ class Residents:
             self.named(name)
 
     def drop(self, name: str) -> None:
-        """Forget a thing, and all addresses that may have opened it."""
+        """Forget a thing, what is named as "... of <name>", and all addresses that may have opened it."""
         with self._lock:
-            self._named.pop(name, None)
+            for there in [there for there in self._named if there == name or there.endswith(f" of {name}")]:
+                del self._named[there]
             self._makers.pop(name, None)
             self._opened.clear()
 
