@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import itertools
 import pickle
 import shutil
@@ -24,7 +25,7 @@ from zarr.codecs import (
 from zarr.core.buffer import default_buffer_prototype
 from zarr.storage import LocalStore, MemoryStore
 
-from tomocpt_stream import patience
+from tomocpt_stream import patience, zarrays
 from tomocpt_stream.errors import BrokenSourceError, SourceError
 from tomocpt_stream.zarrays import ZarrVoxels, address_of
 
@@ -91,6 +92,38 @@ def test_reads_every_layout(tmp_path: Path, layout: str) -> None:
     box = (slice(3, 9), slice(16, 18), slice(0, 17))
     np.testing.assert_array_equal(found.read(box), TRUTH[box])
     assert found.read(box).flags.c_contiguous
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kind", ["f4", "i2", ">f8"])
+def test_large_chunks_are_read_alike(layout: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(zarrays, "LARGE_CHUNK", 0)
+    data = (TRUTH * 1000).astype(kind)
+    found = voxels(make(MemoryStore(), layout, data.transpose(2, 0, 1)), order=(1, 2, 0))
+    for box in (ALL, (slice(3, 9), slice(16, 18), slice(7, 17))):
+        np.testing.assert_array_equal(found.read(box), data[box].astype("f4"))
+        assert found.read(box).flags.c_contiguous
+
+
+@pytest.mark.parametrize(("limit", "most"), [(4 * 8**3, 10), (4 * 8**3 - 1, 1)])
+def test_large_chunks_are_decoded_one_after_the_other(
+    limit: int, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(zarrays, "LARGE_CHUNK", limit)
+    array = make(MemoryStore())
+    under_way = [0]
+    real = MemoryStore.get
+
+    async def counted(self: MemoryStore, *arguments: Any, **options: Any) -> Any:
+        under_way.append(under_way[-1] + 1)
+        await asyncio.sleep(0)
+        found = await real(self, *arguments, **options)
+        under_way.append(under_way[-1] - 1)
+        return found
+
+    monkeypatch.setattr(MemoryStore, "get", counted)
+    np.testing.assert_array_equal(voxels(array).read(ALL), TRUTH)
+    assert max(under_way) == most
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

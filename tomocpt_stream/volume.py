@@ -107,12 +107,13 @@ def ingest(
 ) -> Volume:
     """Stream a tomogram onto the working grid of `voxel_size` Å in `store`, and return the volume.
 
-    `store` is a path or a zarr store. Memory is about 0.3 GB, whatever the size of the tomogram.
+    `store` is a path or a zarr store. Memory is about 0.3 GB, whatever the size of the tomogram, and
+    up to 0.6 GB where its chunks are large (cubes of 256 float32 voxels).
     A run that was killed goes on where it stopped and ends with the same bytes; a finished store
     is returned at once.
 
     With a `client` the work is done by its workers, which read the source and write the store for
-    themselves, and leave the same bytes: each holds two tiles at a time, so about 0.3 GB too. A
+    themselves, and leave the same bytes: each holds two tiles at a time, so that much memory too. A
     tomogram in memory (`Tomogram.travels` is False) does not leave the calling process, which ingests
     it alone.
 

@@ -26,7 +26,7 @@ from zarr.storage import LocalStore, MemoryStore, StorePath, WrapperStore
 
 from tomocpt_stream.errors import BrokenSourceError, SourceError
 from tomocpt_stream.patience import PatientStore, bare
-from tomocpt_stream.voxels import SAMPLE_EDGE, as_float32, is_shared
+from tomocpt_stream.voxels import SAMPLE_EDGE, is_shared
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -43,6 +43,7 @@ Missing = Literal["error", "fill"]
 ABSENT = np.uint64(2**64 - 1)
 BLOSC_HEADER = 16
 LARGEST_SHARD = 256**3
+LARGE_CHUNK = 8 << 20
 
 
 class CheckedStore(WrapperStore[Store]):
@@ -148,14 +149,29 @@ class ZarrVoxels:
         try:
             if self._sharding is not None:
                 self._check_shards(region)
-            found = np.asarray(self.array[tuple(region)])
+            found = self._gather(region)
         except (MemoryError, SourceError):
             raise
         except Exception as error:
             raise self._undecodable(region, error) from error
         others = [axis for axis in range(self.array.ndim) if axis not in self.order]
         shape = [where.stop - where.start for where in box]
-        return as_float32(found.transpose([*others, *self.order]).reshape(shape))
+        with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinite, which ingest reports
+            return np.ascontiguousarray(found.transpose([*others, *self.order]).reshape(shape), np.float32)
+
+    def _gather(self, region: Sequence[slice]) -> npt.NDArray[Any]:
+        """Return a region of the stored array, from large chunks one after the other.
+
+        Zarr would decode up to ten at once, each beside its encoded bytes: those of cubes of 256 voxels
+        take a GB.
+        """
+        if math.prod(self.array.chunks) * self.dtype.itemsize <= LARGE_CHUNK:
+            return np.asarray(self.array[tuple(region)])
+        found = np.empty([where.stop - where.start for where in region], self.dtype)
+        for _, part in self._parts(region):
+            at = (slice(a.start - b.start, a.stop - b.start) for a, b in zip(part, region, strict=True))
+            found[tuple(at)] = self.array[part]
+        return found
 
     def facts(self) -> dict[str, Any]:
         """Return what the metadata states, as plain data."""
