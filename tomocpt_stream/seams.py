@@ -31,20 +31,26 @@ def unsettled(chunks: npt.NDArray[np.int32], plan: BlockPlan) -> Iterator[tuple[
     by_task = chunks[np.lexsort(chunks[:, 0].reshape(len(chunks), 6).T)]
     for _, group in itertools.groupby(by_task, lambda boxes: boxes[0].tobytes()):
         members = np.stack(list(group))
-        write = as_spans(members[0, 0])
-        if len(members) == sum(1 for _ in plan.chunks_of(write)):
-            settled = members[:, 2]
-            # An empty span lies where its chunk begins, not where the settled voxels of others end.
-            some = settled[(settled[..., 0] < settled[..., 1]).all(axis=1)]
-            joined = np.zeros((3, 2), dtype=int)
-            if len(some):
-                joined = np.stack([some[..., 0].min(axis=0), some[..., 1].max(axis=0)], axis=1)
-            pairs = [(write, as_spans(joined))]
+        write, joined = as_spans(members[0, 0]), _joined(members[:, 2])
+        if joined is not None and len(members) == sum(1 for _ in plan.chunks_of(write)):
+            pairs = [(write, joined)]
         else:
             pairs = [(as_spans(chunk), as_spans(settled)) for _, chunk, settled in members]
         for outer, inner in pairs:
             for shell in without(outer, inner):
                 yield from pieces(shell, tuple(2 * c for c in plan.chunk))
+
+
+def _joined(boxes: npt.NDArray[np.int32]) -> tuple[Span, Span, Span] | None:
+    """Return the box that boxes without a common voxel make up; None where they make up none."""
+    sizes = (boxes[..., 1].astype(np.int64) - boxes[..., 0]).clip(0).prod(axis=1)
+    # An empty span lies where its chunk begins, not where the settled voxels of others end.
+    some = boxes[sizes > 0]
+    if not len(some):
+        return ((0, 0), (0, 0), (0, 0))
+    low, high = some[..., 0].min(axis=0), some[..., 1].max(axis=0)
+    whole = (high.astype(np.int64) - low).prod() == sizes.sum()
+    return as_spans(np.stack([low, high], axis=1)) if whole else None
 
 
 def without(
