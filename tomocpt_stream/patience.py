@@ -110,7 +110,8 @@ class PatientStore(WrapperStore[Store]):
         """Raise the error that names the object, unless the request is to be repeated."""
         if tries < TRIES and time.monotonic() - began < PATIENCE:
             return
-        why = f"{type(error).__name__}: {error}".removesuffix(": ")
+        said = str(error).strip().partition("\n")[0][:300]  # some say pages, which the cause still has
+        why = f"{type(error).__name__}: {said}" if said else type(error).__name__
         times = f" {tries} times" if tries > 1 else ""
         raise self._kind(
             f"{self} failed{times} to {what} {key} ({why})",
