@@ -37,6 +37,9 @@ T = TypeVar("T")
 _WAITING = 1
 # Seconds to wait for the end of a job before looking around, and between two counts of the workers.
 _POLL, _ASK = 0.25, 2.0
+# Seconds to wait for what a job returned: where its worker has died since, it is computed again first, or
+# never, if no worker is left.
+_GATHER = 20.0
 # What `_on_worker` returns: the worker's name, the answer, the last numbers.
 _Returned = tuple[str, Any, dict[str, float]]
 
@@ -216,7 +219,9 @@ class _Run:
         finished = {number: future for number, future in futures.items() if future.status == "finished"}
         found: dict[int, _Returned | None] = {}
         with self._if_connected():
-            found.update(self._client.gather(finished, errors="skip"))
+            # In the client's own thread, where `gather` can be given up.
+            gather = self._client.gather
+            found.update(self._client.sync(gather, finished, errors="skip", callback_timeout=_GATHER))
         return found
 
     def _finish(self, number: int, returned: _Returned) -> tuple[Job, Any]:
@@ -285,9 +290,9 @@ def _error_of(future: Future[Any]) -> BaseException:
 
 
 def _killed(error: KilledWorker) -> JobError:
-    last = getattr(error.last_worker, "address", error.last_worker)
+    last, deaths = getattr(error.last_worker, "address", error.last_worker), error.allowed_failures + 1
     found = JobError(
-        f"its worker died {error.allowed_failures + 1} times, the last at {last}",
+        f"its worker died {f'{deaths} times' if deaths > 1 else 'once'}, the last at {last}",
         expected="a worker that lives until the task ends",
         remedy="look at that worker's log; where it went beyond its memory limit, raise the limit or lower "
         "the budget `memory`; then run again with the same store: what is done is kept",
