@@ -15,6 +15,7 @@ from zarr.storage import MemoryStore
 from tests.cuts import plans
 from tests.scorers import SMALL, PlaceDependent
 from tomocpt_stream.heatmap import Heatmap, PickOptions, predict
+from tomocpt_stream.scoring import _Layers
 from tomocpt_stream.stitch import Stitcher
 from tomocpt_stream.sweep import Batches, Scoring, Sweep, Turns
 from tomocpt_stream.threads import run_in_threads
@@ -81,10 +82,29 @@ class Count:
             self.add(-1)
 
 
+def under_way(monkeypatch: pytest.MonkeyPatch) -> Count:
+    """Count the tasks that are being computed."""
+    count, enter, leave = Count(), Sweep.__enter__, Sweep.__exit__
+
+    def counted_in(self: Sweep) -> Sweep:
+        enter(self)
+        count.add(1)
+        return self
+
+    def counted_out(self: Sweep, *error: object) -> None:
+        count.add(-1)
+        leave(self, *error)
+
+    monkeypatch.setattr(Sweep, "__enter__", counted_in)
+    monkeypatch.setattr(Sweep, "__exit__", counted_out)
+    return count
+
+
 def test_one_computes_and_one_reads_ahead(
     volume: Volume, expected: list[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    computing, reading, held = Count(), Count(), Count()
+    scoring, reading, held = Count(), Count(), Count()
+    computing = under_way(monkeypatch)
     overlapped = threading.Event()
 
     class Counted(Rows):
@@ -103,13 +123,13 @@ def test_one_computes_and_one_reads_ahead(
             held.add(-1)
 
         def _read(self, row: int) -> Any:
-            if computing.now:
+            if scoring.now:
                 overlapped.set()
             return super()._read(row)
 
     class Exclusive(PlaceDependent):
         def score(self, batch: Any) -> Any:
-            with computing.one():
+            with scoring.one():
                 time.sleep(0.005)  # as long as another thread needs to come to this
                 if self.batches == 4:
                     overlapped.wait(5)  # the next row, or the next task's first, is read meanwhile
@@ -120,8 +140,8 @@ def test_one_computes_and_one_reads_ahead(
     assert contents(heatmap) == expected
     assert overlapped.is_set()
     # The last row of one task is computed while another one holds its first: no third has any voxels.
-    assert (computing.most, reading.most, held.most) == (1, 1, 2)
-    assert (computing.now, reading.now, held.now) == (0, 0, 0)
+    assert (scoring.most, computing.most, reading.most, held.most) == (1, 1, 1, 2)
+    assert (scoring.now, computing.now, reading.now, held.now) == (0, 0, 0, 0)
 
 
 class Stumbling:
@@ -154,6 +174,8 @@ class Stumbling:
         (Stitcher, "planes"),
         (Batches, "flush"),
         (Sweep, "numbers"),
+        (_Layers, "finish"),
+        (_Layers, "_store"),
     ],
     ids=lambda value: value if isinstance(value, str) else value.__name__,
 )
@@ -178,8 +200,8 @@ def test_nothing_is_held_after_an_error(
     work = Scoring(volume=volume, picker=PlaceDependent(), plan=PLAN, negate=False, turns=Turns())
     before = threading.active_count()
     Stumbling(monkeypatch, kind, name, 1)
-    with pytest.raises(OSError, match="stumbled"), Sweep(PLAN.tasks[0], work) as under_way:
-        for _ in under_way.rows():
+    with pytest.raises(OSError, match="stumbled"), Sweep(PLAN.tasks[0], work) as began:
+        for _ in began.rows():
             pass
     assert not work.turns.reading.locked()
     assert not work.turns.computing.locked()
