@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import dask
+import numpy as np
 import pytest
 from distributed import Client, LocalCluster
 
@@ -28,6 +29,7 @@ from tomocpt_stream.dispatch import run_jobs
 from tomocpt_stream.errors import CheckpointError, JobError, PlanError
 from tomocpt_stream.progress import Tally, total
 from tomocpt_stream.stages import Here, Job, Report, Stage, residents
+from tomocpt_stream.submission import _line_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -196,6 +198,8 @@ def test_many_runs_leave_nothing_behind() -> None:
                 topics = [name for name in scheduler(client)._broker._topics if name.startswith("tomocpt")]
                 left.append((len(topics), len(client._event_handlers), ours()))
         assert left[0] == left[1]
+        assert left[0][0] == 1
+        assert not _line_of(client).runs
 
 
 def ours() -> int:
@@ -286,14 +290,18 @@ def distant_scheduler(tmp_path: Path) -> Iterator[tuple[str, subprocess.Popen[by
 
 
 def test_a_scheduler_that_is_gone_is_an_error(
-    marks: Marks, distant_scheduler: tuple[str, subprocess.Popen[bytes]]
+    marks: Marks,
+    distant_scheduler: tuple[str, subprocess.Popen[bytes]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """All jobs under way are lost at once, which is not a failure of each."""
+    monkeypatch.setattr("tomocpt_stream.submission._Run._room", lambda _: 20)
     file, process = distant_scheduler
     with Client(scheduler_file=file, timeout=1) as client:
         killer = threading.Timer(0.5, process.kill)
         killer.start()
         with pytest.raises(JobError, match=r"predict of TS_01: the scheduler is gone"):
-            answers(marks, "", "", "", client=client)
+            answers(marks, *[""] * 20, client=client)
         killer.join()
 
 
@@ -322,11 +330,44 @@ def test_a_job_that_kills_its_workers_is_named(
     assert_idle(pair)
 
 
+def stumble(payload: None, marks: Marks, report: Report) -> int:
+    """Fail, die twice, and live."""
+    tries = marks.leave("try") + 1
+    if tries == 1:
+        raise OSError("the disk is busy")
+    if tries < 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return tries
+
+
+def test_a_failure_before_is_not_counted_with_deaths(
+    pair: Client, marks: Marks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever died among others gets a run of its own, whatever it met before."""
+    monkeypatch.setattr(scheduler(pair), "allowed_failures", 1)
+    run = run_jobs(stage(marks.folder, 1, stumble), [Job("task", None)], client=pair)
+    assert [answer for _, answer in run] == [4]
+
+
+def test_a_job_that_nobody_waits_for_ends_with_its_next_report(pair: Client, marks: Marks) -> None:
+    run = run_jobs(stage(marks.folder, 2), jobs("", "tell never"), client=pair)
+    next(run)
+    marks.wait_for("2-try")
+    run.close()  # type: ignore[attr-defined]
+    until(lambda: not any(pair.run(_executing).values()))
+    assert not marks.of("2-end")
+
+
+def _executing(dask_worker: Any) -> int:
+    return int(dask_worker.state.executing_count)
+
+
 def fall(payload: None, marks: Marks, report: Report) -> None:
     """Die on the first worker, when the client has heard of the job; live on the second."""
     tries = marks.leave("try") + 1
+    number: Any = np.int64(tries)  # as sums over arrays are
     while not marks.of(f"heard-{tries}"):
-        report({"done": tries})
+        report({"done": number})
         time.sleep(0.01)
     if tries == 1:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -469,7 +510,10 @@ def test_one_client_in_two_threads(pair: Client, tmp_path: Path) -> None:
     assert found == [([n * n for n in range(1, m + 1)], sum(range(1, m + 1))) for m in (4, 5)]
 
 
-def test_workers_that_join_later_are_waited_for_and_used(tmp_path: Path) -> None:
+def test_workers_that_join_later_are_waited_for_and_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tomocpt_stream.submission._ASK", 0.1)
     marks, name = Marks(tmp_path), f"e {tmp_path}"
     with (
         own_cluster(0) as client,
@@ -489,12 +533,13 @@ def test_workers_that_join_later_are_waited_for_and_used(tmp_path: Path) -> None
         # One that is killed is started again, and holds it again.
         gone = next(iter(process_ids(client).values()))
         kill(gone)
-        until(lambda: len(process_ids(client)) == 2 and gone not in process_ids(client).values())
+        wait_for_workers(client, 2, gone=[gone])
         assert holders(client, name) == 2
         # One that cannot load it joins all the same, and its jobs say why.
         marks.leave("broken")
-        for process in process_ids(client).values():
-            kill(process)
+        local.scale(0)
+        until(lambda: not client.nthreads())
+        local.scale(1)
         with pytest.raises(
             CheckpointError, match=r"predict of TS_01: task \d failed 3 times.*the weights differ"
         ):
