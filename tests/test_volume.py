@@ -51,7 +51,7 @@ def tree(folder: Path) -> dict[str, bytes]:
     """Every file below a folder and its bytes, but for when and by whom a receipt was put."""
     files = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     for name, data in files.items():
-        if name.startswith("receipts/"):
+        if name.startswith("receipts/") and name.endswith(".json"):
             facts = {key: fact for key, fact in json.loads(data).items() if key not in circumstances()}
             files[name] = json.dumps(facts).encode()
     return files

@@ -81,11 +81,12 @@ def count_broken(blocks: Blocks, volume: Ingestion, report: Report) -> tuple[int
 def _measured(blocks: Blocks, volume: Ingestion, report: Report) -> Iterator[Floats]:
     """Yield the voxels in blocks that count for the percentiles: all that are not fill."""
     source = CheckedSource(volume.tomogram)
-    read = source.read if volume.rule == "tomocpt" else volume.kept
+    of_source = volume.rule == "tomocpt"
+    read, size = (source.read, volume.tomogram.dtype.itemsize) if of_source else (volume.kept, 4)
     tell = _teller(report)
     for box in blocks:
         yield read(box)
-        tell(voxels_of(box), 4 * voxels_of(box))
+        tell(voxels_of(box), size * voxels_of(box))
 
 
 def _teller(report: Report) -> Callable[[int, int], None]:
