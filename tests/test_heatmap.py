@@ -748,3 +748,17 @@ def test_plan_and_options_must_agree() -> None:
 def test_wrong_options_are_refused(wrong: Any) -> None:
     with pytest.raises(PlanError):
         PickOptions(**{"diameter": 60.0, **wrong})
+
+
+def test_a_map_of_before_tables_had_a_name_goes_on(tmp_path: Path) -> None:
+    volume = _volume((60, 50, 60))
+    whole = _predict(volume, PlaceDependent(), chunk=12)
+    with pytest.raises(_Stop):
+        _predict(volume, PlaceDependent(), chunk=12, store=tmp_path / "m", progress=_stop_after(0.5))
+    for path in (tmp_path / "m" / "receipts" / "heatmap").glob("*.json"):
+        receipt = json.loads(path.read_text())
+        table = tmp_path / "m" / receipt.pop("table")
+        table.rename(table.with_name(path.stem))
+        path.write_text(json.dumps(receipt))
+    resumed = _predict(volume, PlaceDependent(), chunk=12, store=tmp_path / "m")
+    assert resumed.candidate_table().tobytes() == whole.candidate_table().tobytes()

@@ -265,3 +265,31 @@ def test_a_safe_name_is_one_plain_path_component(name: str) -> None:
 def test_plain_names_stay_as_they_are() -> None:
     assert safe_name("TS_01_10.00Apx") == "TS_01_10.00Apx"
     assert safe_name("../../etc/passwd") == "_.._etc_passwd"
+
+
+class Limited:
+    """A client of a worker with a memory limit, as far as a plan asks."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+
+    def nthreads(self) -> dict[str, int]:
+        return {"b": 2}
+
+    def scheduler_info(self) -> dict[str, Any]:
+        return {"workers": {"gone": {"memory_limit": 0}, "b": {"memory_limit": self.limit}}}
+
+
+def test_a_plan_keeps_to_the_memory_limit_of_the_workers() -> None:
+    source, _ = wide_field()
+    free = plan_pick(source, BlobPicker(), OPTIONS)[1]
+    for limit in (0, 10**10):
+        assert pipeline._plan_for(Limited(limit), source, BlobPicker(), OPTIONS, None)[1] == free
+    least = budget(free.shape, free.window, 0.0, stitch="hann", batch_size=OPTIONS.batch_size)
+    tight = int((least + 500_000_000 + 1000) / 0.95)
+    plan = pipeline._plan_for(Limited(tight), source, BlobPicker(), OPTIONS, None)[1]
+    assert plan.projected_bytes <= 0.95 * tight - 500_000_000 < free.projected_bytes
+    with pytest.raises(PlanError, match=r"have room for \d+ MB.*raise the workers' memory limit"):
+        pipeline._plan_for(Limited(tight), source, BlobPicker(), OPTIONS, "4 GB")
+    with pytest.raises(PlanError, match="memory budget"):
+        pipeline._plan_for(Limited(600_000_000), source, BlobPicker(), OPTIONS, None)

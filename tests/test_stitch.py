@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -109,3 +110,19 @@ def test_stitching_does_not_depend_on_the_grouping(stitch: Any, left_out: Any) -
     assert len(parts[0].tasks) > len(whole[0].tasks)
     assert whole[1].tobytes() == parts[1].tobytes() == other[1].tobytes()
     np.testing.assert_array_equal(whole[2], parts[2])
+
+
+def test_moving_up_copies_no_plane_twice() -> None:
+    plan = plan_blocks((400, 150, 150), Window((16, 16, 16), (3, 3, 3)), stitch="hann", memory=10**12)
+    stitcher = Stitcher(plan, plan.tasks[0])
+    held = stitcher._planes
+    held[:] = np.arange(len(held), dtype=np.float32)[:, None, None]
+    tracemalloc.start()
+    try:
+        stitcher.release(5)
+        stitcher.release(90)
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert most < held[:8].nbytes
+    assert held[:, 3, 7].tolist() == [*range(90, len(held)), *[0] * 90]

@@ -7,6 +7,7 @@ import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 import numpy as np
 import pytest
@@ -206,3 +207,26 @@ def test_nothing_is_held_after_an_error(
     assert not work.turns.reading.locked()
     assert not work.turns.computing.locked()
     assert threading.active_count() == before
+
+
+def test_scores_of_two_tasks_are_never_held_at_once(volume: Volume, monkeypatch: pytest.MonkeyPatch) -> None:
+    alive: WeakSet[Stitcher] = WeakSet()
+    most = [0]
+    make = Stitcher.__init__
+
+    def init(self: Stitcher, *args: Any) -> None:
+        alive.add(self)
+        most.append(len(alive))
+        make(self, *args)
+
+    store = _Layers._store_layer
+
+    def store_slowly(self: _Layers, block: Any) -> None:
+        time.sleep(0.02)  # the next task begins while this one's last layer is stored
+        store(self, block)
+
+    monkeypatch.setattr(Stitcher, "__init__", init)
+    monkeypatch.setattr(_Layers, "_store_layer", store_slowly)
+    predict_in_two_threads(volume, monkeypatch, PlaceDependent())
+    assert len(most) > 3
+    assert max(most) == 1

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -583,3 +584,29 @@ def test_two_processes_ingest_into_one_store_at_once(tmp_path: Path) -> None:
     assert race(AT_ONCE, tmp_path / "gate", str(tmp_path / "v")) == [list(once.percentiles)] * 2
     for number in range(5):
         assert tree(tmp_path / f"v{number}") == tree(tmp_path / "once")
+
+
+@pytest.mark.parametrize(
+    ("machine", "off", "fails"), [("other", 1e-7, False), ("other", 1e-2, True), ("", 1e-7, True)]
+)
+def test_chunks_of_unlike_machines_may_differ_by_rounding(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, machine: str, off: float, fails: bool
+) -> None:
+    source = noise((70, 80, 90))
+    once = ingest(tomogram(source), tmp_path / "once", voxel_size=10.0)
+    theirs = voxels_of(once)[64:, 64:, 64:] * np.float32(1 + off)
+    receipt = json.loads((tmp_path / "once" / "receipts" / "volume" / "1.1.1.json").read_text())
+    receipt |= {"sha256": hashlib.sha256(theirs.tobytes()).hexdigest(), "worker": "host:7"}
+    receipt |= {"machine": machine} if machine else {}
+
+    def another_writer() -> None:
+        (tmp_path / "v" / "receipts" / "volume").mkdir(parents=True)
+        zarr.open_array(tmp_path / "v", path="0", mode="r+")[64:, 64:, 64:] = theirs
+        (tmp_path / "v" / "receipts" / "volume" / "1.1.1.json").write_text(json.dumps(receipt))
+
+    reader = tomogram(source)
+    meanwhile = Meanwhile(reader, 1, another_writer)
+    monkeypatch.setattr(reader, "read", meanwhile.read)
+    with pytest.raises(DuplicateError) if fails else nullcontext():
+        made = ingest(reader, tmp_path / "v", voxel_size=10.0, progress=meanwhile.progress)
+        assert voxels_of(made)[64:, 64:, 64:].tobytes() == theirs.tobytes()  # the first stays

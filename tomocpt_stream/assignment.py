@@ -7,6 +7,7 @@ is loaded once per worker, before any task, and stays on its device for every ma
 from __future__ import annotations
 
 import pickle
+import socket
 import uuid
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from zarr.storage import LocalStore, MemoryStore, WrapperStore
 from tomocpt_stream.blocks import CODEC_CONCURRENCY
 from tomocpt_stream.errors import PlanError
 from tomocpt_stream.patience import PatientStore
+from tomocpt_stream.receipts import read_json
 from tomocpt_stream.scoremap import member
 from tomocpt_stream.scoring import Work
 from tomocpt_stream.stages import Here, residents
@@ -54,6 +56,8 @@ class WorkAddress:
     def open(self) -> Work:
         """Return the work on the picker that this process holds."""
         zarr.config.set({"async.concurrency": CODEC_CONCURRENCY})  # as the plan's bytes assume
+        if read_json(self.store, "zarr.json") is None:
+            raise _unseen(f"{socket.gethostname()} does not find the map that is being made in {self.store}")
         group = zarr.open_group(PatientStore(self.store), mode="r+")
         return Work(
             volume=open_volume(self.volume),
@@ -76,7 +80,10 @@ def assigned(work: Work, client: Any) -> Iterator[Address[Work]]:
     Without a client it is the work itself. Raises PlanError for a store that other processes cannot see.
     """
     if client is None:
-        yield Here(work)
+        try:
+            yield Here(work)
+        finally:
+            work.turns.close()
         return
     from tomocpt_stream.cluster import hold_on_workers
 

@@ -275,7 +275,7 @@ def plan_blocks(  # noqa: PLR0913  (the public signature of the design)
             f"a task of one column of chunks of {edges} voxels needs {_human(column)} "
             f"({_human(network)} of it for {batch_size} windows of the network)",
             expected=f"at most the memory budget of {_human(budget)}",
-            remedy="raise the budget, or lower the batch size or the chunk",
+            remedy="raise the budget, or lower the batch size",
         )
     limit = max(DEFAULT_BUFFERS + network, column) if budget is None else budget
     windows = [[cut.windows for cut in axis] for axis in cuts]
@@ -359,8 +359,9 @@ def _task_bytes(plan: BlockPlan, cuts: _Cuts) -> npt.NDArray[np.int64]:
     # Beside the scores that are being laid together, a copy of the layer that is being stored.
     layer = min(plan.shape[0], plan.chunk[0] + 2 * NEIGHBOURHOOD)
     scores = (_SCORE_BYTES * held_planes(plan) + (_SCORE_BYTES + 1) * layer) * y * x
-    # One batch is scored, one collected; its answer and, for views, a flipped copy and the sum.
-    batches = 4 * plan.window.voxels * (plan.batch_size * (5 if plan.tta else 3) + CACHED_WEIGHTS)
+    # One batch is scored, one collected, one answer delivered, another made; for views, a flipped copy
+    # and the sum.
+    batches = 4 * plan.window.voxels * (plan.batch_size * (6 if plan.tta else 4) + CACHED_WEIGHTS)
     # One chunk while it is finished: its scores, marks, neighbourhood maxima and the weights scored.
     chunk = math.prod(min(n, c) + 2 * NEIGHBOURHOOD for n, c in zip(plan.shape, plan.chunk, strict=True))
     return rows + scores + (batches + 24 * chunk + CODEC_CONCURRENCY * 2 * _CODEC_CHUNK + _OVERHEAD)

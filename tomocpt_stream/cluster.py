@@ -36,8 +36,11 @@ if TYPE_CHECKING:
 THREADS = 2
 # Threads that one batch is scored with on a CPU; part of the numerics, so the same on every machine.
 CPU_THREADS = 2
-# An idle worker with torch loaded; one that may hold less is ended and started for ever.
-_LEAST_MEMORY = 300_000_000
+# A worker that has loaded the shipped picker, and little more; one that may hold less is ended and
+# started for ever.
+_LEAST_MEMORY = 700_000_000
+# What such a worker holds when it has nothing to do, and the share of its limit at which dask ends it.
+_IDLE_MEMORY, _ENDED_AT = 500_000_000, 0.95
 _METHOD = "distributed.worker.multiprocessing-method"
 
 
@@ -187,11 +190,20 @@ def _memory_limit(limit: str | float, count: int) -> int:
         found = parse_memory_limit(limit, THREADS, THREADS * count, logger=logging.getLogger(__name__))
     if found and found < _LEAST_MEMORY:
         raise PlanError(
-            f"a memory limit of {limit!r} for each worker",
-            expected=f'"auto", 0 for none, or at least {_LEAST_MEMORY / 1e6:g} MB: an idle worker needs that',
-            remedy='give bytes or a size with its unit, such as "4 GB"',
+            f"a memory limit of {found / 1e6:.0f} MB for each of {count} workers"
+            if limit == "auto"
+            else f"a memory limit of {limit!r} for each worker",
+            expected=f"0 for none, or at least {_LEAST_MEMORY / 1e6:g} MB: a worker with its network",
+            remedy='start fewer workers, or give bytes or a size with its unit, such as "4 GB"',
         )
     return found or 0
+
+
+def room(client: Any) -> int | None:
+    """Return the bytes that a task may take on every worker of a client; None where none has a limit."""
+    limits = [worker["memory_limit"] for worker in client.scheduler_info()["workers"].values()]
+    least = min((limit for limit in limits if limit), default=None)
+    return None if least is None else max(0, int(_ENDED_AT * least) - _IDLE_MEMORY)
 
 
 class _Resident(WorkerPlugin):

@@ -228,8 +228,8 @@ def _finish(work: Work, address: Address[Work], client: Any) -> dict[str, Any]:
     spans = array("i")  # of each chunk: its task's write box, its own, its settled one; 72 bytes
     low, high, scored, candidates, plateau = math.inf, -math.inf, 0, 0, 0
     tables = {SEAMS}
-    for _, receipt in work.receipts.each():
-        tables.add(receipt.get("table", ""))
+    for key, receipt in work.receipts.each():
+        tables.add(receipt.get("table", f"candidates/{key}"))
         for name in ("write", "chunk", "settled"):
             for span in receipt[name]:
                 spans.extend(span)

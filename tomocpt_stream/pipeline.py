@@ -69,7 +69,7 @@ def pick(  # noqa: PLR0913  (the public signature of the design)
     CheckpointError
         What an earlier run left is not of this tomogram and picker, or is damaged.
     """
-    grid, plan = plan_pick(tomogram, picker, options, memory=memory, workers=_workers(client))
+    grid, plan = _plan_for(client, tomogram, picker, options, memory)
     with ExitStack() as stack:
         if scratch is None:
             _refuse_distant(client)
@@ -102,13 +102,26 @@ def pick(  # noqa: PLR0913  (the public signature of the design)
     return inside(picks, tomogram, options.margin)
 
 
-def _workers(client: Any) -> int:
-    """Return the number of workers that the work is cut for."""
+def _plan_for(
+    client: Any, tomogram: Tomogram, picker: Scorer, options: PickOptions, memory: int | str | None
+) -> tuple[Grid, BlockPlan]:
+    """Return the working grid and the plan for the workers that there are, within their memory limits."""
     if client is None:
-        return 1
-    from tomocpt_stream.cluster import worker_count
+        return plan_pick(tomogram, picker, options, memory=memory)
+    from tomocpt_stream.cluster import room, worker_count
 
-    return worker_count(client)
+    workers, limit = worker_count(client), room(client)
+    grid, plan = plan_pick(tomogram, picker, options, memory=memory, workers=workers)
+    if limit is None or plan.projected_bytes <= limit:
+        return grid, plan
+    if memory is not None:
+        raise PlanError(
+            f"tasks of up to {plan.projected_bytes / 1e6:.0f} MB on workers that have room for "
+            f"{limit / 1e6:.0f} MB, their memory limit less what an idle worker holds",
+            expected="workers that are not ended for their memory",
+            remedy="raise the workers' memory limit, start fewer of them, or lower the budget `memory`",
+        )
+    return plan_pick(tomogram, picker, options, memory=limit, workers=workers)
 
 
 def _refuse_distant(client: Any) -> None:

@@ -108,7 +108,9 @@ class Stitcher:
         if shift <= 0:
             return
         kept = len(self._planes) - shift
-        self._planes[:kept] = self._planes[shift:].copy()
+        for start in range(0, kept, shift):  # as many at a time as do not overlap: none is copied twice
+            stop = min(start + shift, kept)
+            self._planes[start:stop] = self._planes[start + shift : stop + shift]
         self._planes[kept:] = 0
         self._base = z
         self._rows = {index: scored for index, scored in self._rows.items() if self._reach(index)[0][1] > z}

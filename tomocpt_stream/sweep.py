@@ -47,6 +47,11 @@ class Turns:
         self.device = ThreadPoolExecutor(1, "score")
         self.writer = ThreadPoolExecutor(1, "store")
 
+    def close(self) -> None:
+        """End the threads; no task may be under way."""
+        self.device.shutdown()
+        self.writer.shutdown()
+
 
 @dataclass(frozen=True, kw_only=True)
 class Scoring:
@@ -166,7 +171,9 @@ class Sweep:
         return self
 
     def __exit__(self, *_: object) -> None:
-        del self.stitcher  # before the next task begins
+        # Nothing large outlives the turn: the next task has as much memory as this one had.
+        self._rows.forget()
+        del self.stitcher, self._batches
         self._held.close()
 
     def rows(self, tell: Callable[[], None] = lambda: None) -> Iterator[int]:

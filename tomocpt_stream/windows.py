@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -78,7 +79,7 @@ class Rows:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._reader.shutdown(wait=True, cancel_futures=True)
+        self.forget()
 
     def __iter__(self) -> Iterator[int]:
         while not self.is_last:
@@ -100,6 +101,13 @@ class Rows:
         del row, self._ahead  # what was read ahead is not held while the next planes are being read
         if not self.is_last:
             self._ahead = self._reader.submit(self._read, self._row + 1)
+
+    def forget(self) -> None:
+        """Let go of the voxels that are held; one that is being read is let go when it has been."""
+        self._reader.shutdown(wait=True, cancel_futures=True)
+        self._voxels, self._fill, self._mask = np.empty((0, 0, 0), dtype=np.float32), None, None
+        with suppress(AttributeError):
+            del self._ahead
 
     def window(self, y: int, x: int) -> npt.NDArray[np.float32]:
         """Return what window (y, x) of the row sees; a view of window shape."""
