@@ -11,14 +11,14 @@ import os
 import pickle
 import signal
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import dask
 import numpy as np
 import pytest
-from distributed import Client
+from distributed import Client, Status
 from zarr.storage import LocalStore
 
 from tests.clusters import cluster, kill, process_ids, wait_for_workers
@@ -36,8 +36,10 @@ from tomocpt_stream.scoring import RECEIPTS
 from tomocpt_stream.volume import open_volume
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
+
+    from tomocpt_stream.heatmap import Heatmap
 
 
 @pytest.fixture(scope="module")
@@ -209,6 +211,15 @@ def test_the_scheduler_dies(undisturbed: Undisturbed, workers: Client, tmp_path:
     assert undisturbed.rescored(picker) <= undisturbed.windows(2)
 
 
+def tables(store: LocalStore) -> set[str]:
+    return {path.name for path in (store.root / "candidates").iterdir()}
+
+
+def tables_of_receipts(store: LocalStore) -> set[str]:
+    receipts = Receipts(store, RECEIPTS).all().values()
+    return {"seams", *(receipt["table"].removeprefix("candidates/") for receipt in receipts)}
+
+
 @pytest.mark.parametrize("case", ["other tasks", "another cluster"])
 def test_two_clients_on_one_output(
     blended: Undisturbed, workers: Client, small_worker: Client, tmp_path: Path, case: str
@@ -226,33 +237,60 @@ def test_two_clients_on_one_output(
     heatmap = open_heatmap(store)
     assert contents(heatmap) == blended.contents
     assert 0 < blended.rescored(picker) <= other.windows
-    receipts = Receipts(store, RECEIPTS).all()
-    assert set(receipts) == blended.chunks
-    tables = {path.name for path in (store.root / "candidates").iterdir()}
-    assert tables == {"seams", *(receipt["table"].split("/")[1] for receipt in receipts.values())}
+    assert done(store) == blended.chunks
+    assert tables(store) == tables_of_receipts(store)
+
+
+@contextmanager
+def one_chunk_held(
+    case: Undisturbed, workers: Client, folder: Path, method: Method, keys: str
+) -> Iterator[tuple[LocalStore, Callable[[], Heatmap]]]:
+    """A map that lacks one chunk, which workers are at; where its last request is held they wait.
+
+    Gives the map's store, and a function that lets them go on and returns their map.
+    """
+    picker, store = Watched(folder, "fail"), LocalStore(folder / "map.zarr")
+    with pytest.raises(JobError, match="stumbled"):
+        run(case, picker, store, None)
+    assert done(store) == case.chunks - {"1.1.1"}
+    picker.mend()
+    held = Fault(folder / "faults", method, keys, "held", times=1)
+    with ThreadPoolExecutor(1) as pool, ExitStack() as end:
+        end.callback(held.mend)
+        theirs = pool.submit(run, case, picker, Faulty(store, held), workers)
+        wait_until(lambda: held.count() == 1)
+
+        def go_on() -> Heatmap:
+            held.mend()
+            return theirs.result(timeout=60)
+
+        yield store, go_on
 
 
 def test_a_duplicate_that_differs(undisturbed: Undisturbed, workers: Client, tmp_path: Path) -> None:
-    picker, store = Watched(tmp_path, "fail"), LocalStore(tmp_path / "map.zarr")
-    with pytest.raises(JobError, match="stumbled"):
-        run(undisturbed, picker, store, None)
-    assert done(store) == undisturbed.chunks - {"1.1.1"}
-    picker.mend()
-    held = Fault(tmp_path / "faults", "put", "heatmap/1.1.1", "held", times=1)
-    with ThreadPoolExecutor(1) as pool, ExitStack() as end:
-        end.callback(held.mend)
-        second = pool.submit(run, undisturbed, picker, Faulty(store, held), workers)
-        wait_until(lambda: held.count() == 1)
+    with one_chunk_held(undisturbed, workers, tmp_path, "put", "heatmap/1.1.1") as (store, go_on):
         heatmap = run(undisturbed, Watched(tmp_path, shift=1e-4), store, None)
         first = Receipts(store, RECEIPTS).get("1.1.1")
-        held.mend()
         with pytest.raises(
             DuplicateError, match=r"chunk 1\.1\.1 of .* was scored twice with different results"
         ):
-            second.result(timeout=60)
+            go_on()
     assert first is not None
     assert Receipts(store, RECEIPTS).get("1.1.1") == first
     assert sha256(np.asarray(heatmap.array[30:60, 30:60, 30:60])) == first["sha256"]
+
+
+@pytest.mark.parametrize("keys", ["^0/c/1/1/1", "^candidates/1.1.1"])
+def test_a_duplicate_that_agrees(
+    undisturbed: Undisturbed, workers: Client, tmp_path: Path, keys: str
+) -> None:
+    other = replace(undisturbed.plan, group=(1, 3, 3))  # with other candidates to settle in each task
+    with one_chunk_held(undisturbed, workers, tmp_path, "set", keys) as (store, go_on):
+        ours = run(undisturbed, Watched(tmp_path), store, None, plan=other)
+        assert contents(ours) == undisturbed.contents
+        assert contents(go_on()) == undisturbed.contents
+    assert contents(ours) == undisturbed.contents
+    assert tables(store) == tables_of_receipts(store)
 
 
 def test_a_worker_that_takes_its_time_to_start_again(small_worker: Client) -> None:
@@ -260,19 +298,31 @@ def test_a_worker_that_takes_its_time_to_start_again(small_worker: Client) -> No
     with dask.config.set({"distributed.deploy.lost-worker-timeout": "50ms"}):  # dask's 15 s, shortened
         kill(process)
         wait_for_workers(small_worker, 1, gone=[process])
+    owned: Any = small_worker.cluster
+    assert [nanny.status for nanny in owned.workers.values()] == [Status.running]
 
 
-def test_a_worker_that_cannot_be_started_again(
+def test_the_last_worker_dies_with_a_result(
     undisturbed: Undisturbed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(submission, "_GATHER", 1.0)
-    picker = Watched(tmp_path, "die once")
     with cluster(1) as client:
         owned: Any = client.cluster
         for nanny in owned.workers.values():
-            nanny.process.worker_kwargs["unheard_of"] = True
+            nanny.process.worker_kwargs["unheard_of"] = True  # it cannot be started again
+        gather: Any = client.gather
+        processes = process_ids(client).values()
+
+        def kill_first(futures: Any, **options: Any) -> Any:
+            if futures:
+                for process in processes:
+                    with suppress(ProcessLookupError):
+                        kill(process)
+            return gather(futures, **options)
+
+        monkeypatch.setattr(client, "gather", kill_first)
+        monkeypatch.setattr(submission, "_GATHER", 1.0)
         with pytest.raises(JobError, match="every worker has died, and none could be started again"):
-            run(undisturbed, picker, tmp_path / "map.zarr", client)
+            run(undisturbed, Watched(tmp_path), tmp_path / "map.zarr", client)
 
 
 class Indigestible(Watched):
