@@ -6,6 +6,8 @@ is never read as zeros, and costs no more than itself when it is mended.
 
 from __future__ import annotations
 
+import os
+import time
 from dataclasses import replace
 from datetime import timedelta
 from typing import TYPE_CHECKING
@@ -19,7 +21,7 @@ from tests.flaky_server import flaky_server
 from tests.stores import Fault, Faulty, Kind, Method
 from tests.watched import OPTIONS, Undisturbed, Watched, contents, done, run, undisturbed_run
 from tomocpt_stream import patience
-from tomocpt_stream.errors import ActionableError, CheckpointError, SourceError
+from tomocpt_stream.errors import ActionableError, CheckpointError, JobError, SourceError
 from tomocpt_stream.heatmap import open_heatmap
 from tomocpt_stream.pipeline import pick
 from tomocpt_stream.tomogram import open_tomogram
@@ -146,6 +148,19 @@ def test_requests_of_the_client_that_fail_for_good(
     fault.mend()
     heatmap = run(undisturbed, Watched(tmp_path), failing, None, volume=volume)
     assert contents(heatmap) == undisturbed.contents
+
+
+def test_what_killed_writers_left_is_deleted(undisturbed: Undisturbed, tmp_path: Path) -> None:
+    store, picker = LocalStore(tmp_path / "map.zarr"), Watched(tmp_path, "fail")
+    with pytest.raises(JobError, match="stumbled"):
+        run(undisturbed, picker, store, None)
+    litter = [store.root / "0" / "c" / f"{age}.partial" for age in (90, 30)]
+    for path, age in zip(litter, (90, 30), strict=True):
+        path.write_bytes(b"half a chunk")
+        os.utime(path, (time.time() - age,) * 2)
+    picker.mend()
+    assert contents(run(undisturbed, picker, store, None)) == undisturbed.contents
+    assert [path.exists() for path in litter] == [False, True]  # the second may have a writer yet
 
 
 SOURCE = (70, 100, 90)

@@ -26,7 +26,14 @@ from tomocpt_stream.mask import MaskLike, open_mask
 from tomocpt_stream.patience import PatientStore
 from tomocpt_stream.peaks import CANDIDATE, MAX_CANDIDATES, flood, order, scan
 from tomocpt_stream.progress import Progress, Tally, WorkerProgress, silent, total
-from tomocpt_stream.receipts import StoreLike, as_store, config_hash, delete_but, write_bytes
+from tomocpt_stream.receipts import (
+    StoreLike,
+    as_store,
+    config_hash,
+    delete_but,
+    delete_litter,
+    write_bytes,
+)
 from tomocpt_stream.scoremap import SEAMS, Heatmap, allowed_ones, claim_store, member, open_heatmap
 from tomocpt_stream.scoring import Work, score_task
 from tomocpt_stream.seams import unsettled
@@ -182,6 +189,7 @@ def predict(  # noqa: PLR0913  (the public signature of the design)
     if allowed is not None and not finished["scored"]:
         warnings.warn(f"the mask of {volume.name} has no voxel inside: nothing was scored", stacklevel=2)
     group.attrs.put({**group.attrs.asdict(), ATTRIBUTE: {**attributes, "finished": finished, "run": stats}})
+    delete_litter(target)
     return open_heatmap(target)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -32,6 +33,7 @@ PREFIX = "receipts"
 QUESTIONS = 32  # whether an object is there: asked at once
 READS = 64  # receipts under way at once
 BATCH = 1024  # receipts held at once, about a kB each
+LITTER_AGE = 60  # seconds after which a temporary file has no writer any more
 
 
 def as_store(store: StoreLike) -> Store:
@@ -161,6 +163,20 @@ def delete_but(store: Store, prefix: str, kept: Container[str]) -> None:
     for key in sync(_collect(store.list_prefix(prefix))):
         if key not in kept and not key.endswith(".partial"):
             sync(store.delete(key))
+
+
+def delete_litter(store: Store) -> None:
+    """Delete the temporary files that killed writers left in a folder, but none that may yet be renamed.
+
+    A chunk takes a fraction of a second to write, so that one of a minute ago has no writer any more.
+    Both times are those of the file system, whatever the clocks of the machines say.
+    """
+    if isinstance(store, LocalStore):
+        now = (store.root / "zarr.json").stat().st_mtime  # just put
+        for path in store.root.rglob("*.partial"):
+            with suppress(FileNotFoundError):  # renamed meanwhile
+                if path.stat().st_mtime < now - LITTER_AGE:
+                    path.unlink()
 
 
 def write_bytes(store: Store, key: str, data: bytes) -> None:

@@ -11,13 +11,11 @@ from __future__ import annotations
 
 import json
 import math
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import zarr
-from zarr.storage import LocalStore
 
 from tomocpt_stream.errors import CheckpointError, PlanError
 from tomocpt_stream.frame import RULES, Frame, Grid, Rule, working_grid
@@ -27,7 +25,7 @@ from tomocpt_stream.intake import Intake
 from tomocpt_stream.memory import return_freed_memory
 from tomocpt_stream.patience import PatientStore
 from tomocpt_stream.progress import Progress, silent
-from tomocpt_stream.receipts import as_store, claim_group, config_hash, read_json
+from tomocpt_stream.receipts import as_store, claim_group, config_hash, delete_litter, read_json
 from tomocpt_stream.stored import checked
 from tomocpt_stream.tiles import CHUNK
 from tomocpt_stream.voxels import shared
@@ -40,7 +38,6 @@ if TYPE_CHECKING:
     from tomocpt_stream.tomogram import Tomogram
 
 FORMAT_VERSION = 1
-_LITTER_AGE = 60
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,7 +139,7 @@ def ingest(
     found = {"values": list(values), "voxels": list(voxels)} if values else None
     finished = {**attributes, "percentiles": list(percentiles), "fill": found}
     group.attrs.put({**group.attrs.asdict(), ATTRIBUTE: finished})
-    _sweep(target)
+    delete_litter(target)
     return_freed_memory()
     return open_volume(target)
 
@@ -288,17 +285,3 @@ def _volume(store: Store, attributes: dict[str, Any]) -> Volume:
         remarks=remarks,
         fingerprint=attributes["fingerprint"],
     )
-
-
-def _sweep(store: Store) -> None:
-    """Delete the temporary files that killed writers left, but none that a living one may yet rename.
-
-    A chunk takes a fraction of a second to write, so that one of a minute ago has no writer any more.
-    Both times are those of the file system, whatever the clocks of the machines say.
-    """
-    if isinstance(store, LocalStore):
-        now = (store.root / "zarr.json").stat().st_mtime  # just put
-        for path in store.root.rglob("*.partial"):
-            with suppress(FileNotFoundError):  # renamed meanwhile
-                if path.stat().st_mtime < now - _LITTER_AGE:
-                    path.unlink()
