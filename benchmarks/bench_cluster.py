@@ -4,10 +4,10 @@
     python benchmarks/bench_cluster.py scaling overlap --write
     python benchmarks/bench_cluster.py equality --sim10a FOLDER
 
-"equality" predicts with the shipped picker for client=None and 1, 2, 4 workers, three memory budgets
-and two chunk sizes, on a phantom and, with --sim10a, on the simulated tomogram sim_val_1.mrc, and
-compares every map and every list of picks. "scaling" has a scorer that sleeps, as a CPU does while a
-GPU works. "tasks" runs jobs that do nothing. "overlap" reads from a store with injected latency.
+"equality" predicts for client=None and 1, 2, 4 workers, three memory budgets and two chunk sizes, with an
+analytic scorer and with the shipped picker, on a phantom and, with --sim10a, on the simulated tomogram
+sim_val_1.mrc, and compares every map and every list of picks. "scaling" has a scorer that sleeps, as a
+CPU does while a GPU works. "tasks" runs jobs that do nothing. "overlap" reads from a store with injected latency.
 "memory" picks an int8 MRC file at twice its voxel size under a budget and takes the peak of each worker.
 """
 
@@ -60,7 +60,6 @@ if TYPE_CHECKING:
     from zarr.core.buffer import Buffer, BufferPrototype
 
     from tomocpt_stream.blocks import BlockPlan
-    from tomocpt_stream.picker import Picker
     from tomocpt_stream.progress import Tally
     from tomocpt_stream.tomogram import Tomogram
 
@@ -126,25 +125,29 @@ def cluster(workers: int) -> Iterator[Any]:
         yield client
 
 
-def equality_table(shape: tuple[int, int, int], sim10a: Path | None) -> list[str]:
+def equality_table(shape: tuple[int, int, int], sim10a: Path | None, *, every_cut: bool) -> list[str]:
     """Return the table of the first part."""
-    picker = load_picker("base", device="cpu")
+    cuts = list(itertools.product((0.0, 0.5, 1.0), (64, 96)))
+    scorers = {
+        "analytic": (BoxMean(), cuts),
+        "shipped": (load_picker("base", device="cpu"), cuts if every_cut else [cuts[0], cuts[-1]]),
+    }
     lines = [
-        "Shipped picker (float32, two threads a batch), hann, batch 4. Maps and picks of one tomogram are",
-        "compared by sha256 of their bytes: the scores as stored, the picks' coordinates and scores.",
+        "hann, batch 4; the shipped picker in float32 with two threads a batch. Maps and picks of one",
+        "tomogram and scorer are compared by sha256 of their bytes: scores, coordinates of picks.",
         "",
-        "| tomogram | workers | budgets MB | chunks | tasks | runs | s a run | other maps | other picks |",
-        "|---|---:|---|---|---|---:|---:|---:|---:|",
+        "| tomogram | scorer | workers | budgets MB | chunks | tasks | runs | s | other maps | other picks |",
+        "|---|---|---:|---|---|---|---:|---:|---:|---:|",
     ]
     with tempfile.TemporaryDirectory(prefix="bench-cluster-") as folder:
         for name, tomogram, diameter in _tomograms(shape, sim10a):
-            maps: set[str] = set()
-            lists: set[str] = set()
-            place = Path(folder) / name
-            lines += [
-                _equal_runs(place, tomogram, diameter, picker, workers, maps, lists)
-                for workers in (0, 1, 2, 4)
-            ]
+            for scorer, (picker, chosen) in scorers.items():
+                seen: tuple[set[str], set[str]] = (set(), set())
+                place = Path(folder) / name / scorer
+                for workers in (0, 1, 2, 4):
+                    row = _equal_runs(place, tomogram, PickOptions(diameter), picker, workers, chosen, seen)
+                    lines.append(f"| {name} | {scorer} | {row}")
+                    print(lines[-1], flush=True)
     return lines
 
 
@@ -166,18 +169,17 @@ def _tomograms(shape: tuple[int, int, int], sim10a: Path | None) -> Iterator[tup
 def _equal_runs(
     folder: Path,
     tomogram: Tomogram,
-    diameter: float,
-    picker: Picker,
+    options: PickOptions,
+    picker: Any,
     workers: int,
-    maps: set[str],
-    lists: set[str],
+    cuts: list[tuple[float, int]],
+    seen: tuple[set[str], set[str]],
 ) -> str:
-    """Predict under every budget and chunk on so many workers; return a row of the table."""
-    options = PickOptions(diameter)
+    """Predict under every budget and chunk on so many workers; return the rest of a row of the table."""
     grid, _ = plan_pick(tomogram, picker, options)
-    seconds, budgets, tasks, chunks = [], set(), set(), (96, 64)
+    seconds, budgets, tasks = [], set(), set()
     with cluster(workers) as client:
-        for share, chunk in itertools.product((0.0, 0.5, 1.0), chunks):
+        for share, chunk in cuts:
             plan = _plan(grid.shape, picker, options, chunk, share, max(1, workers))
             budgets.add(round((plan.memory or 0) / 1e6))
             tasks.add(len(plan.tasks))
@@ -189,12 +191,11 @@ def _equal_runs(
                 heatmap, threshold=0.3, min_distance=round(min_distance(options) / grid.voxel_size, 9)
             )
             seconds.append(time.perf_counter() - began)
-            maps.add(hashlib.sha256(np.asarray(heatmap.array[:]).tobytes()).hexdigest())
-            lists.add(hashlib.sha256(picks.zyx.tobytes() + picks.score.tobytes()).hexdigest())
-    cells: list[Any] = [folder.name, workers or "none (client=None)"]
-    cells += [_listed(budgets), _listed(chunks), _listed(tasks), len(seconds)]
-    cells += [f"{min(seconds):.0f} to {max(seconds):.0f}", len(maps) - 1, len(lists) - 1]
-    return f"| {' | '.join(map(str, cells))} |"
+            seen[0].add(hashlib.sha256(np.asarray(heatmap.array[:]).tobytes()).hexdigest())
+            seen[1].add(hashlib.sha256(picks.zyx.tobytes() + picks.score.tobytes()).hexdigest())
+    cells: list[Any] = [workers or "none (client=None)", _listed(budgets), _listed({cut[1] for cut in cuts})]
+    cells += [_listed(tasks), len(seconds), f"{min(seconds):.1f} to {max(seconds):.1f}"]
+    return " | ".join(map(str, [*cells, len(seen[0]) - 1, len(seen[1]) - 1])) + " |"
 
 
 def _plan(shape: Any, picker: Any, options: PickOptions, chunk: int, share: float, workers: int) -> BlockPlan:
@@ -451,6 +452,9 @@ def main() -> None:
     )
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; all when none")
     parser.add_argument("--sim10a", type=Path, help="folder with sim_val_1.mrc, for equality")
+    parser.add_argument(
+        "--every-cut", action="store_true", help="equality: all cuts with the shipped picker too, not two"
+    )
     parser.add_argument("--shape", type=int, nargs=3, help="voxels z y x, instead of the full size")
     parser.add_argument("--sleep", type=float, default=0.2, help="seconds a batch, for scaling")
     parser.add_argument("--memory", default="1.5 GB", help="budget of a worker, for memory")
@@ -467,7 +471,7 @@ def main() -> None:
         parser.error(f"no part {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
     shape = None if asked.shape is None else (asked.shape[0], asked.shape[1], asked.shape[2])
     tables = {
-        "equality": lambda: equality_table(shape or (110, 200, 200), asked.sim10a),
+        "equality": lambda: equality_table(shape or (64, 140, 140), asked.sim10a, every_cut=asked.every_cut),
         "scaling": lambda: scaling_table(shape or (192, 1024, 1024), asked.sleep),
         "tasks": lambda: tasks_table(tuple(asked.counts)),
         "overlap": lambda: overlap_table(shape or (200, 400, 400)),
