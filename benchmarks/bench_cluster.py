@@ -7,8 +7,9 @@
 "equality" predicts for client=None and 1, 2, 4 workers, three memory budgets and two chunk sizes, with an
 analytic scorer and with the shipped picker, on a phantom and, with --sim10a, on the simulated tomogram
 sim_val_1.mrc, and compares every map and every list of picks. "scaling" has a scorer that sleeps, as a
-CPU does while a GPU works. "tasks" runs jobs that do nothing. "overlap" reads from a store with injected latency.
-"memory" picks an int8 MRC file at twice its voxel size under a budget and takes the peak of each worker.
+CPU does while a GPU works. "tasks" runs jobs that do nothing. "overlap" reads from a store with injected
+latency. "memory" picks an int8 MRC file at twice its voxel size under a budget and takes the peak of
+each worker.
 """
 
 from __future__ import annotations
