@@ -58,7 +58,7 @@ class Marks:
 
     def wait_for(self, kind: str, count: int = 1) -> None:
         """Return when there are so many marks of a kind."""
-        until(lambda: len(self.of(kind)) >= count)
+        until((self.folder / f"{kind}.{count - 1}").exists)
 
 
 def until(happened: Callable[[], object], seconds: float = 60) -> None:
@@ -121,9 +121,8 @@ def act(payload: tuple[int, str], marks: Marks, report: Report) -> int:
     tries = marks.leave(f"{number}-try") + 1
     report({"done": 1, "voxels": number})
     verb, _, what = deed.partition(" ")
-    if verb == "fail":
-        raise ERRORS[what]()
-    if verb == "fail-once" and tries == 1:
+    if verb == "fail" or (verb == "fail-once" and tries == 1):
+        report({"seconds": 1000})  # in vain
         raise ERRORS[what]()
     if verb == "die" and tries <= int(what or 1_000_000):
         os.kill(os.getpid(), signal.SIGKILL)

@@ -77,6 +77,15 @@ def test_a_job_that_fails_is_tried_again_after_the_others(client: Any, marks: Ma
     assert client is not None or list(found)[-1].startswith("task 1 ")
 
 
+def test_a_failing_store_is_given_a_moment(marks: Marks, monkeypatch: pytest.MonkeyPatch) -> None:
+    slept: list[float] = []
+    clock = SimpleNamespace(monotonic=lambda: 0.0, sleep=slept.append)
+    monkeypatch.setattr("tomocpt_stream.stages.time", clock)
+    with pytest.raises(JobError):
+        run(marks, "", "fail value", client=None)
+    assert [seconds for seconds in slept if seconds] == pytest.approx([0.2, 0.8])
+
+
 def test_a_job_that_always_fails_is_named_when_the_others_are_done(client: Any, marks: Marks) -> None:
     with pytest.raises(JobError) as raised:
         run(marks, "fail value", *[""] * 8, client=client)
@@ -192,6 +201,7 @@ def test_the_numbers_of_jobs_add_up(client: Any, marks: Marks) -> None:
     # "done" ends at 2 and "voxels" is the job's number; a try that failed counts for nothing.
     assert total(tallies) == 2 * 10
     assert total(tallies, "voxels") == sum(range(1, 11))
+    assert total(tallies, "seconds") == 0
     assert not any(tally.running for tally in tallies)
 
 

@@ -316,6 +316,18 @@ def test_dropping_a_thing_forgets_what_holds_it() -> None:
     assert residents.opened(_Address("map", lambda: residents.named("picker"))) == "second"
 
 
+def test_dropping_a_thing_forgets_what_belongs_to_it() -> None:
+    residents = Residents()
+    for name in ("turns of one", "turns of two", "turns of none"):
+        residents.named(name, object)
+    with pytest.raises(ZeroDivisionError):
+        residents.keep("one", lambda: 1 / 0)
+    residents.drop("one")
+    assert set(residents._named) == {"turns of two", "turns of none"}
+    with pytest.raises(JobError, match="does not hold the one"):
+        residents.named("one")
+
+
 def test_a_thing_that_cannot_be_made_says_why_to_each_who_asks() -> None:
     residents, steps = Residents(), iter([OSError("no file"), OSError("no file yet"), None])
 

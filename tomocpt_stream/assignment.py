@@ -121,9 +121,8 @@ def shared(store: Store) -> Store:
     if isinstance(store, WrapperStore):
         inner = shared(store._store)
         return store if inner is store._store else store._with_store(inner)
-    file_system = getattr(store, "fs", None)
-    inside = getattr(file_system, "sync_fs", file_system)
-    if isinstance(store, MemoryStore) or getattr(inside, "protocol", None) == "memory":
+    protocol = getattr(getattr(store, "fs", None), "protocol", None)  # of a store of fsspec
+    if isinstance(store, MemoryStore) or protocol == "memory":
         raise _unseen("a store in the memory of this process, and a client")
     try:
         pickle.dumps(store)

@@ -65,7 +65,6 @@ def _run_here(
 
     while (job := next(ahead, None) or (again.popleft() if again else None)) is not None:
         attempts.wait(job)
-        tally.running = {}
         try:
             answer = stage.function(job.payload, opened, report)
         except _Stopped as stopped:
