@@ -6,14 +6,15 @@ import os
 import signal
 import time
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from distributed import Client, LocalCluster
+
+from tests.jobs import until
 from tomocpt_stream.cluster import local_cluster
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
-
-    from distributed import Client
 
 
 @contextmanager
@@ -40,3 +41,26 @@ def wait_for_workers(client: Client, count: int, gone: Collection[int] = ()) -> 
         if len(found) == count and found.isdisjoint(gone):
             return
         time.sleep(0.02)
+
+
+@contextmanager
+def own_cluster(count: int, *, processes: bool = True, **options: Any) -> Iterator[Client]:
+    """A cluster as a user may have it; closed without a warning."""
+    settings = {"threads_per_worker": 2, "dashboard_address": "127.0.0.1:0", "memory_limit": 0, **options}
+    with LocalCluster(n_workers=count, processes=processes, **settings) as local, Client(local) as client:
+        yield client
+
+
+def scheduler(client: Client) -> Any:
+    """The scheduler, which lives in this process."""
+    local: Any = client.cluster
+    return local.scheduler
+
+
+def address_of(client: Client) -> str:
+    return str(scheduler(client).address)
+
+
+def assert_idle(client: Client) -> None:
+    until(lambda: not scheduler(client).tasks)
+    until(lambda: not client.futures)
