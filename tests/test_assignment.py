@@ -16,7 +16,7 @@ import zarr
 from zarr.storage import FsspecStore, LocalStore, MemoryStore, ObjectStore, WrapperStore
 
 from tests.scorers import SMALL, PlaceDependent
-from tomocpt_stream.assignment import WorkAddress, assigned, picker_name, shared
+from tomocpt_stream.assignment import WorkAddress, assigned, picker_name
 from tomocpt_stream.blocks import CODEC_CONCURRENCY, BlockPlan, Window, plan_blocks
 from tomocpt_stream.errors import JobError, PlanError
 from tomocpt_stream.heatmap import Heatmap, PickOptions, predict
@@ -25,6 +25,7 @@ from tomocpt_stream.scoring import Work
 from tomocpt_stream.stages import Here, residents
 from tomocpt_stream.tomogram import open_tomogram
 from tomocpt_stream.volume import Volume, ingest
+from tomocpt_stream.voxels import shared
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -180,7 +181,7 @@ class _Locked(LocalStore):
 
 
 def test_a_store_that_cannot_be_sent_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(PlanError, match=r"which cannot be sent to workers \(cannot pickle"):
+    with pytest.raises(PlanError, match=r"which only this process can use \(cannot pickle"):
         shared(_Locked(tmp_path))
 
 
@@ -250,12 +251,12 @@ def test_the_map_or_the_volume_in_memory_and_a_client(
         "options": OPTIONS,
         "client": workers,
     }
-    with pytest.raises(PlanError, match="a store in the memory of this process, and a client"):
+    with pytest.raises(PlanError, match="which only this process can use"):
         predict(volume, store=memory, **request)
     assert not memory._store_dict
     voxels = np.random.default_rng(0).normal(size=SHAPE).astype(np.float32)
     held = ingest(open_tomogram(voxels, voxel_size=10.0), MemoryStore(), voxel_size=10.0)
-    with pytest.raises(PlanError, match="a store in the memory of this process, and a client"):
+    with pytest.raises(PlanError, match="which only this process can use"):
         predict(held, store=tmp_path / "map.zarr", **request)
 
 

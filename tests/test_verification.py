@@ -367,5 +367,5 @@ def test_workers_find_the_same(copy: Path, workers: Client, monkeypatch: pytest.
     found = verify(copy / "m", client=workers)
     assert len(found) == 3
     assert found == verify(copy / "m")
-    with pytest.raises(PlanError, match="memory of this process"):
+    with pytest.raises(PlanError, match="which only this process can use"):
         verify(MemoryStore(), client=workers)

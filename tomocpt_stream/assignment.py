@@ -6,7 +6,6 @@ is loaded once per worker, before any task, and stays on its device for every ma
 
 from __future__ import annotations
 
-import pickle
 import socket
 import uuid
 from contextlib import contextmanager
@@ -14,7 +13,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import zarr
-from zarr.storage import LocalStore, MemoryStore, WrapperStore
 
 from tomocpt_stream.blocks import CODEC_CONCURRENCY
 from tomocpt_stream.errors import PlanError
@@ -25,6 +23,7 @@ from tomocpt_stream.scoring import Work
 from tomocpt_stream.stages import Here, residents
 from tomocpt_stream.sweep import Turns
 from tomocpt_stream.volume import open_volume
+from tomocpt_stream.voxels import shared
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -57,7 +56,11 @@ class WorkAddress:
         """Return the work on the picker that this process holds."""
         zarr.config.set({"async.concurrency": CODEC_CONCURRENCY})  # as the plan's bytes assume
         if read_json(self.store, "zarr.json") is None:
-            raise _unseen(f"{socket.gethostname()} does not find the map that is being made in {self.store}")
+            raise PlanError(
+                f"{socket.gethostname()} does not find the map that is being made in {self.store}",
+                expected="a store that every worker can read and write",
+                remedy="give a path on a disk that all workers see, or the store of a bucket",
+            )
         group = zarr.open_group(PatientStore(self.store), mode="r+")
         return Work(
             volume=open_volume(self.volume),
@@ -114,28 +117,3 @@ def picker_name(picker: Any, *, otherwise: str) -> str:
     """Return the name under which a process holds a picker; `otherwise` is for one without a fingerprint."""
     fingerprint = getattr(picker, "fingerprint", None)
     return f"picker {fingerprint or otherwise} {getattr(picker, 'numerics', '')}"
-
-
-def shared(store: Store) -> Store:
-    """Return a store as other processes of this machine find it; PlanError for one that they do not."""
-    if isinstance(store, WrapperStore):
-        inner = shared(store._store)
-        return store if inner is store._store else store._with_store(inner)
-    protocol = getattr(getattr(store, "fs", None), "protocol", None)  # of a store of fsspec
-    if isinstance(store, MemoryStore) or protocol == "memory":
-        raise _unseen("a store in the memory of this process, and a client")
-    try:
-        pickle.dumps(store)
-    except Exception as error:
-        raise _unseen(f"{store}, which cannot be sent to workers ({error})") from error
-    if type(store) is LocalStore and not store.root.is_absolute():  # workers may have another folder
-        return LocalStore(store.root.absolute(), read_only=store.read_only)
-    return store
-
-
-def _unseen(found: str) -> PlanError:
-    return PlanError(
-        found,
-        expected="a store that every worker can read and write",
-        remedy="give a path on a disk that all workers see, or the store of a bucket",
-    )

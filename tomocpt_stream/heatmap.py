@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 import numpy as np
 import zarr
 
-from tomocpt_stream.assignment import assigned, shared
+from tomocpt_stream.assignment import assigned
 from tomocpt_stream.blocks import CODEC_CONCURRENCY, STITCHES, Stitch, Window, box_of
 from tomocpt_stream.dispatch import run_jobs
 from tomocpt_stream.duplicates import sha256
@@ -39,6 +39,7 @@ from tomocpt_stream.scoring import Work, score_task
 from tomocpt_stream.seams import unsettled
 from tomocpt_stream.stages import Job, Stage
 from tomocpt_stream.volume import ATTRIBUTE
+from tomocpt_stream.voxels import shared
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import zarr
 
-from tomocpt_stream.assignment import shared
 from tomocpt_stream.dispatch import run_jobs
 from tomocpt_stream.errors import CheckpointError
 from tomocpt_stream.peaks import CANDIDATE
@@ -31,6 +30,7 @@ from tomocpt_stream.stages import Job, Stage
 from tomocpt_stream.stored import AGAIN, checked
 from tomocpt_stream.tiles import voxels_of
 from tomocpt_stream.volume import ATTRIBUTE
+from tomocpt_stream.voxels import shared
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence

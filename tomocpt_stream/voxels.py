@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import pickle
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -68,16 +69,31 @@ def is_shared(store: Store) -> bool:
 
 
 def shared(store: Store) -> Store:
-    """Return a store as other processes find it; one that they cannot write into is a PlanError."""
-    if type(store) is LocalStore:  # workers have working directories of their own
-        store = LocalStore(store.root.absolute(), read_only=store.read_only)
-    if is_shared(store) and not isinstance(_innermost(store), ZipStore):  # one file has one writer
-        return store
+    """Return a store as other processes find it; PlanError for one that they cannot write into."""
+    found = _absolute(store)
+    why = ""
+    try:
+        pickle.dumps(found)
+    except Exception as error:  # a store may raise what it likes
+        why = f" ({error})"
+    # A zip file has one writer.
+    if not why and is_shared(found) and not isinstance(_innermost(found), ZipStore):
+        return found
     raise PlanError(
-        f"a client, and the store {store}, which only this process can use",
+        f"a client, and the store {store}, which only this process can use{why}",
         expected="a store that every worker can read and write",
         remedy="give a folder on a disk that all workers see, or the store of a bucket",
     )
+
+
+def _absolute(store: Store) -> Store:
+    """Return a store without relative paths: workers have working directories of their own."""
+    if isinstance(store, WrapperStore):
+        inner = _absolute(store._store)
+        return store if inner is store._store else store._with_store(inner)
+    if type(store) is LocalStore and not store.root.is_absolute():
+        return LocalStore(store.root.absolute(), read_only=store.read_only)
+    return store
 
 
 def _innermost(store: Store) -> Store:
