@@ -122,7 +122,8 @@ def test_large_chunks_are_decoded_one_after_the_other(
         return found
 
     monkeypatch.setattr(MemoryStore, "get", counted)
-    np.testing.assert_array_equal(voxels(array).read(ALL), TRUTH)
+    with zarr.config.set({"async.concurrency": 10}):  # a worker within this process may have set its own
+        np.testing.assert_array_equal(voxels(array).read(ALL), TRUTH)
     assert max(under_way) == most
 
 
