@@ -375,7 +375,7 @@ def _about_this_process(dask_worker: Any) -> dict[str, Any]:
         "process": os.getpid(),
         "threads": dask_worker.state.nthreads,
         "spawned": "spawn_main" in command,
-        "allocator": "MALLOC_TRIM_THRESHOLD_" in open("/proc/self/environ").read(),  # noqa: PTH123
+        "allocator": "MALLOC_MMAP_THRESHOLD_=33554432" in open("/proc/self/environ").read(),  # noqa: PTH123
         "memory": dask_worker.memory_manager.memory_limit,
         "environment": {name: os.environ.get(name) for name in names},
     }

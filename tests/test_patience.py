@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 import pickle
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +14,7 @@ from zarr.core.sync import sync
 from zarr.storage import LocalStore, MemoryStore, WrapperStore
 
 from tomocpt_stream import patience
-from tomocpt_stream.errors import CheckpointError, JobError, SourceError
+from tomocpt_stream.errors import CheckpointError, FullStoreError, JobError, SourceError
 from tomocpt_stream.patience import PatientStore
 from tomocpt_stream.receipts import delete_but, holds_objects, read_bytes, write_bytes
 
@@ -142,6 +144,19 @@ def test_what_a_repetition_cannot_help_comes_through(what: str, error: Exception
     with pytest.raises(type(error)) as caught:
         REQUESTS[what](PatientStore(failing))
     assert caught.value is error
+    assert failing.asked == 1
+
+
+@pytest.mark.parametrize("what", REQUESTS)
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS])
+def test_a_full_disk_says_so_at_once(what: str, number: int) -> None:
+    failing = _filled(OSError(number, os.strerror(number)))
+    failing.failures = 1000
+    with pytest.raises(
+        FullStoreError, match=rf"has no room for a/b?.*{os.strerror(number)}.*free some"
+    ) as caught:
+        REQUESTS[what](PatientStore(failing, SourceError))
+    assert caught.value.final  # no other task is tried
     assert failing.asked == 1
 
 

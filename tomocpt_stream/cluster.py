@@ -42,6 +42,10 @@ _LEAST_MEMORY = 700_000_000
 # What such a worker holds when it has nothing to do, and the share of its limit at which dask ends it.
 _IDLE_MEMORY, _ENDED_AT = 500_000_000, 0.95
 _METHOD = "distributed.worker.multiprocessing-method"
+_BEFORE_SPAWN = "distributed.nanny.pre-spawn-environ"
+# Where glibc's own thresholds end up once a process has freed a large array. Dask's 64 kB of freed memory
+# sends every array back to the system at once, and the next one is zeroed anew page by page.
+_ALLOCATOR = {"MALLOC_TRIM_THRESHOLD_": 1 << 25, "MALLOC_MMAP_THRESHOLD_": 1 << 25}
 
 
 class _StandingCluster(SpecCluster):
@@ -114,7 +118,8 @@ def local_cluster(n_workers: int | None = None, *, memory_limit: str | int = "au
         "cls": Scheduler,
         "options": {"host": "127.0.0.1", "port": 0, "dashboard": True, "dashboard_address": "127.0.0.1:0"},
     }
-    with ExitStack() as undo, _own_environment():
+    before_spawn = {_BEFORE_SPAWN: {**dask.config.get(_BEFORE_SPAWN), **_ALLOCATOR}}
+    with ExitStack() as undo, _own_environment(), dask.config.set(before_spawn):
         cluster = _StandingCluster(  # type: ignore[no-untyped-call]
             workers=workers, scheduler=scheduler, silence_logs="ERROR", name="tomocpt-stream"
         )

@@ -69,3 +69,9 @@ class PortalError(ActionableError, ConnectionError):
 
 class JobError(ActionableError, RuntimeError):
     """A bulk job that could not do everything asked for."""
+
+
+class FullStoreError(JobError):
+    """A disk that has no room left, or takes no writes; every other task would end there too."""
+
+    final = True

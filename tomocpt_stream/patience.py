@@ -7,13 +7,14 @@ at once would have to be scored again. What a store raises rarely says which obj
 from __future__ import annotations
 
 import asyncio
+import errno
 import time
 from typing import TYPE_CHECKING, TypeVar
 
 from zarr.abc.store import Store
 from zarr.storage import WrapperStore
 
-from tomocpt_stream.errors import ActionableError, JobError
+from tomocpt_stream.errors import ActionableError, FullStoreError, JobError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
@@ -28,13 +29,16 @@ TRIES = 3
 PATIENCE = 10.0
 # What the same request will meet again: a mistake of the caller, or an error that says all there is to say.
 _LASTING = (ActionableError, TypeError, ValueError, NotImplementedError, MemoryError)
+# What a disk says that has no room, for anybody or for this user, or that is mounted without writing.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 class PatientStore(WrapperStore[Store]):
     """A store around another one that repeats a request that fails, after 0.2 s and after 0.8 s.
 
-    One that fails every time is an error of the class `kind` that names store and object. Errors of
-    this package, and those that a repetition cannot help, come through as they are.
+    One that fails every time is an error of the class `kind` that names store and object, a full disk
+    a FullStoreError at once. Errors of this package, and those that a repetition cannot help, come
+    through as they are.
     """
 
     def __init__(self, store: Store, kind: type[ActionableError] = JobError) -> None:
@@ -108,11 +112,18 @@ class PatientStore(WrapperStore[Store]):
 
     def _refuse(self, what: str, key: str, tries: int, began: float, error: Exception) -> None:
         """Raise the error that names the object, unless the request is to be repeated."""
-        if tries < TRIES and time.monotonic() - began < PATIENCE:
+        full = isinstance(error, OSError) and error.errno in _FULL
+        if not full and tries < TRIES and time.monotonic() - began < PATIENCE:
             return
         said = str(error).strip().partition("\n")[0][:300]  # some say pages, which the cause still has
         why = f"{type(error).__name__}: {said}" if said else type(error).__name__
         times = f" {tries} times" if tries > 1 else ""
+        if full:
+            raise FullStoreError(
+                f"{self} has no room for {key} ({why})",
+                expected="a disk that can be written to",
+                remedy="free some space, or raise the quota, and run again: what is done is kept",
+            ) from error
         raise self._kind(
             f"{self} failed{times} to {what} {key} ({why})",
             expected="a store that answers",
