@@ -149,18 +149,23 @@ class TestJoins:
             ("predicate: {_gte: 2}", [501, 502, 503]),
             ("predicate: {_eq: 0}, filter: {processing: {_eq: raw}}", [502]),
             ("predicate: {_gt: 1}, filter: {run: {datasetId: {_eq: 10440}}}", [501, 502, 503]),
-            ("predicate: {_eq: 2}, distinct: true, arguments: alignmentId", None),
+            ("predicate: {_eq: 2}, distinct: true, arguments: alignmentId", MASKED),
             ("predicate: {_eq: 2}, distinct: true, arguments: voxelSpacing", [501]),
             ("predicate: {_eq: 2}, arguments: voxelSpacing", [502, 503]),
             ("distinct: false", [501, 502, 503, 504, 505]),
+            ("predicate: {_gt: 4}, filter: {run: {dataset: {id: {_gt: 0}}}}", [501]),
+            (
+                "predicate: {_gt: 4}, filter: {run: {dataset: {deposition: {id: {_gt: 0}}}}}",
+                "Max filter depth exceeded",
+            ),
         ],
     )
     def test_counts_of_related_rows(
-        self, server: PortalServer, count: str, expected: list[int] | None
+        self, server: PortalServer, count: str, expected: list[int] | str
     ) -> None:
         where = f"tomogramsAggregate: {{count: {{{count}}}}}"
-        if expected is None:
-            assert refusal(server, f"{{ runs(where: {{{where}}}) {{ id }} }}") == MASKED
+        if isinstance(expected, str):
+            assert refusal(server, f"{{ runs(where: {{{where}}}) {{ id }} }}") == expected
         else:
             assert sorted(find(server, where, "runs")) == expected
 
@@ -410,6 +415,20 @@ class TestAggregates:
         query = "{ runs(orderBy: [{id: asc}]) { tomogramsAggregate { aggregate { count } } } }"
         found = [run["tomogramsAggregate"]["aggregate"][0]["count"] for run in ask(server, query)["runs"]]
         assert found == [5, 2, 2, 1, 1]
+
+    @pytest.mark.parametrize(
+        ("path", "allowed"),
+        [("annotationShape annotation run", True), ("annotationShape annotation run dataset", False)],
+    )
+    def test_groups_reach_three_relations_far(self, server: PortalServer, path: str, allowed: bool) -> None:
+        fields = "{ id }"
+        for name in reversed(path.split()):
+            fields = f"{{ {name} {fields} }}"
+        query = f"{{ annotationFilesAggregate {{ aggregate {{ count groupBy {fields} }} }} }}"
+        if allowed:
+            assert len(ask(server, query)["annotationFilesAggregate"]["aggregate"]) == 2
+        else:
+            assert refusal(server, query) == "Max filter depth exceeded"
 
     def test_only_groups(self, server: PortalServer) -> None:
         query = "{ tomogramsAggregate { aggregate { groupBy { processing } } } }"
