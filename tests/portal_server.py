@@ -168,6 +168,7 @@ def _document(text: str, lacking: frozenset[str]) -> tuple[DocumentNode | None, 
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # or the text waits 40 ms for its header's acknowledgement
     portal: PortalServer
 
     def log_message(self, *_: Any) -> None:
