@@ -291,8 +291,19 @@ def test_anything_else_is_points_or_an_error_that_names_a_line(
         assert np.isfinite(found.zyx).all()
 
 
-def test_long_files_are_read_a_batch_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ndjson, "_BATCH", 300)
+def test_any_depth_is_an_error_that_names_the_line() -> None:
+    for depth in range(800, 1000):
+        error = wrong(line().replace("1.5", "[" * depth + "]" * depth))
+        assert error.found.startswith("line 1 of points.ndjson has ")
+
+
+@pytest.mark.parametrize("batch", [1, 300])
+def test_long_files_are_read_a_batch_at_a_time(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ndjson, "_BATCH", batch)
+    marked = parsed(*(line("instancePoint", instance_id=number // 2) for number in range(50)))
+    assert marked.instances is not None
+    assert marked.instances.tolist() == [number // 2 for number in range(50)]
+    assert len(parsed(*[line("orientedPoint", xyz_rotation_matrix=EYE)] * 9).rotations) == 9  # type: ignore[arg-type]
     lines = [line(x=number) for number in range(50)]
     assert parsed(*lines).zyx[:, 2].tolist() == list(range(50))
     lines[40] = line(x="?")
