@@ -12,6 +12,7 @@ from scipy.spatial.transform import Rotation
 from tests.portal_rows import BUCKET, MIRROR, small_world
 from tests.portal_server import portal_server
 from tests.portal_tomograms import records
+from tomocpt_stream import portal
 from tomocpt_stream.annotation_files import Wanted
 from tomocpt_stream.errors import FormatError, PortalError, SourceError
 from tomocpt_stream.portal_annotations import fetch_picks, find_masks, find_picks
@@ -70,8 +71,8 @@ class World:
             key = self.row("annotationFiles", number)["s3Path"].removeprefix(self.s3.address(""))
             if key:
                 self.s3.bucket.put(key, data, private=number in self.private)
-        with portal_server(self.rows) as portal:
-            yield PortalAPI(portal.url, cache=False)
+        with portal_server(self.rows) as server:
+            yield PortalAPI(server.url, cache=False)
 
     def fetch(self, *ids: int, options: dict[str, Any] | None = None, **asked: Any) -> PortalPicks:
         """Return the points of tomograms of some ids; what `Wanted` does not take is for `fetch_picks`."""
@@ -108,6 +109,16 @@ def test_points_are_picks_in_voxels_of_their_tomogram(world: World) -> None:
     np.testing.assert_array_equal(turned.rotations, [TURN, TURN])
     assert found.picks["Position_7"].shape == (200, 480, 464)
     assert [file.id for file in found.annotations] == [904, 901, 902]
+
+
+def test_what_find_tomograms_finds_is_taken(world: World) -> None:
+    with world.api() as api:
+        found = portal.find_tomograms(tomogram=[8003, 8010], all=True, api=api)
+        picks = portal.find_picks(
+            found, object=RIBOSOME, shape="Point", api=api, storage_options=world.s3.options()
+        )
+        assert {name: len(each) for name, each in picks.items()} == {"TS_1": 3, "Position_7": 4}
+        assert list(portal.find_masks(found, object="membrane", api=api)) == ["TS_1"]
 
 
 def test_points_in_another_frame_are_refused_and_named(world: World) -> None:
@@ -345,3 +356,13 @@ def test_shapes_that_are_no_points_are_noted(world: World) -> None:
     world.row("annotations", 903)["objectName"] = "ribosome membrane"
     (_, note) = world.fetch(8003, object="*ribosome*").notes
     assert note == "annotations without points are passed over: 1 SegmentationMask"
+    assert world.fetch(8003, object="*ribosome*", shape="Point").notes == ()
+
+
+def test_a_mask_on_another_alignment_is_refused_and_named(world: World) -> None:
+    with (
+        world.api() as api,
+        pytest.warns(UserWarning, match=r"AN-903 .* on AL-701, not AL-702 of TM-8005") as caught,
+    ):
+        assert len(find_masks(records(world.rows, [8003, 8005]), object="membrane", api=api)) == 1
+    assert [warning.filename for warning in caught] == [__file__]

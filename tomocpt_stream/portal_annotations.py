@@ -136,7 +136,7 @@ def fetch_picks(
 
     Notes say which files were refused for their alignment, where several annotations of one object were
     put together, which files hold another number of objects than the portal says, have points outside
-    the volume, or were skipped, and which shapes are no points.
+    the volume, or were skipped, and, unless `shape` is given, which annotations have no points.
     """
     _check(shape, get_args(PointShape), "shape")
     _check(missing, get_args(Missing), "missing")
@@ -152,7 +152,10 @@ def fetch_picks(
             name = names[record.id]
             picks[name] = _picks(record, name, [(file, points[file.file_id]) for file in files])
             used.update({file.file_id: file for file in files})
-    notes += _togetherness(chosen, names) + _outside(picks) + _said_of(placed, "points")
+    notes += _togetherness(chosen, names) + _outside(picks) + _refused(placed)
+    if placed.other_shapes and shape is None:
+        others = listed(f"{count} {name}" for name, count in placed.other_shapes.items())
+        notes.append(f"annotations without points are passed over: {others}")
     return PortalPicks(picks, tuple(used.values()), tuple(notes))
 
 
@@ -194,7 +197,7 @@ def find_masks(
         if others:
             ties.append(f"{names[key]}: {best}, not {listed(sorted(others))}")
     notes = [f"of several segmentations the newest is taken on {listed(ties)}"] if ties else []
-    for note in [*notes, *_said_of(placed, "segmentations")]:
+    for note in [*notes, *_refused(placed)]:
         warnings.warn(note, UserWarning, stacklevel=2)
     return addresses
 
@@ -322,17 +325,14 @@ def _outside(picks: Mapping[str, Picks]) -> list[str]:
     return [f"points lie outside the volume of {listed(found)}"] if found else []
 
 
-def _said_of(placed: Placed, what: str) -> list[str]:
-    notes = []
-    if placed.elsewhere:
-        notes.append(
-            f"{len(placed.elsewhere)} annotation files lie on another alignment and are refused: "
-            f"{listed(refusals(placed.elsewhere))}"
-        )
-    if placed.other_shapes:
-        shapes = listed(f"{count} {name}" for name, count in placed.other_shapes.items())
-        notes.append(f"annotations without {what} are passed over: {shapes}")
-    return notes
+def _refused(placed: Placed) -> list[str]:
+    """Return a note on files in another frame."""
+    if not placed.elsewhere:
+        return []
+    return [
+        f"{len(placed.elsewhere)} annotation files lie on another alignment and are refused: "
+        f"{listed(refusals(placed.elsewhere))}"
+    ]
 
 
 def _number(text: int | str | None, prefix: str) -> int | None:
