@@ -12,7 +12,9 @@ import pytest
 
 from tests.portal_rows import (
     ANNOTATIONS_ONLY,
+    FIRST_DATASET,
     OWN_TOMOGRAMS,
+    SECOND_DATASET,
     many,
     small_world,
 )
@@ -22,7 +24,7 @@ from tests.portal_server import Fault, PortalServer, portal_server
 from tomocpt_stream import portal, portal_exchange, portal_queries
 from tomocpt_stream.errors import PortalError
 from tomocpt_stream.lattice import Window
-from tomocpt_stream.portal import PortalAPI, Selection, find_tomograms, select_tomograms, summary
+from tomocpt_stream.portal import PortalAPI, Selection, find_tomograms, select_tomograms, summary, survey
 from tomocpt_stream.portal_records import TomogramRecord
 
 if TYPE_CHECKING:
@@ -297,7 +299,7 @@ def test_a_summary_counts_what_will_be_read_and_scored() -> None:
     records = [
         record("A", size=(630, 620, 184), bytes_zarr=73e6),
         record("B", size=(300, 257, 40), bytes_zarr=7.3e6, voxel_spacing=5.0, processing="denoised"),
-        record("B", s3_zarr=None, s3_mrc="s3://b/x.mrc", bytes_mrc=1e6, bytes_zarr=None, size=(48, 48, 48)),
+        record("B", s3_zarr=None, s3_mrc="s3://b/x.mrc", bytes_mrc=1e6, bytes_zarr=None, size=(96, 96, 96)),
     ]
     found = summary(Selection(tuple(records)))
     assert found == {
@@ -308,7 +310,7 @@ def test_a_summary_counts_what_will_be_read_and_scored() -> None:
         "bytes": pytest.approx(64e6 + 6.4e6 + 1e6),
         "bytes_stored": pytest.approx(73e6 + 7.3e6 + 1e6),
         "chunks": 3 * 3 * 1 + 2 * 2 * 1 + 1,
-        "windows": 14 * 13 * 4 + 7 * 6 * 1 + 1,  # 48 voxels each
+        "windows": 14 * 13 * 4 + 7 * 6 * 1 + 8,  # 48 voxels each
         "seconds": None,
         "voxel_spacings": {5.0: 1, 10.012: 2},
         "processing": {"denoised": 1, "raw": 2},
@@ -317,7 +319,7 @@ def test_a_summary_counts_what_will_be_read_and_scored() -> None:
     coarse = summary(records, level=1)
     assert coarse["bytes"] == pytest.approx(8e6 + 0.8e6 + 1e6)
     assert coarse["chunks"] == 2 * 2 * 1 + 1 + 1
-    assert coarse["windows"] == 7 * 7 * 2 + 4 * 3 * 1 + 1
+    assert coarse["windows"] == 7 * 7 * 2 + 4 * 3 * 1 + 8
     scaled = summary(records[:1], voxel_size=20.024, window=Window((32, 32, 32), (4, 4, 4)))
     assert scaled["windows"] == 14 * 13 * 4  # half the voxels, half the stride
     assert summary([])["windows"] == 0
@@ -331,6 +333,46 @@ def test_reading_and_scoring_go_on_at_the_same_time(
 ) -> None:
     found = summary([record(bytes_zarr=73e6)], windows_per_second=windows, bytes_per_second=bytes_)
     assert found["seconds"] == (seconds if seconds is None else pytest.approx(seconds))
+
+
+def test_a_survey_takes_one_request(api: PortalAPI) -> None:
+    kinds = survey(deposition=OWN_TOMOGRAMS, api=api)
+    assert api.requests == 1
+    assert sum(kind["tomograms"] for kind in kinds) == 9
+    assert kinds[0] == {
+        "tomograms": 2,
+        "voxel_spacing": 10.012,
+        "processing": "raw",
+        "reconstruction": "Fourier_Space",
+        "bytes_zarr": 2.0 * round(4 * 630 * 630 * 184 * 8 / 7),
+        "bytes_mrc": 2 * (4.0 * 630 * 630 * 184 + 1024),
+    }
+    assert [kind["tomograms"] for kind in kinds] == [2, 1, 1, 1, 1, 1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("asked", "count"),
+    [
+        ({"deposition": OWN_TOMOGRAMS, "meaning": "datasets"}, 10),
+        ({"deposition": OWN_TOMOGRAMS, "meaning": "datasets", "dataset": SECOND_DATASET}, 1),
+        ({"deposition": [OWN_TOMOGRAMS, 10320]}, 11),
+        ({"dataset": [FIRST_DATASET, "DS-10450"]}, 10),
+    ],
+)
+def test_a_survey_counts_what_was_asked_for(api: PortalAPI, asked: dict[str, Any], count: int) -> None:
+    assert sum(kind["tomograms"] for kind in survey(**asked, api=api)) == count
+
+
+def test_a_survey_of_nothing_is_refused(api: PortalAPI) -> None:
+    with pytest.raises(
+        PortalError, match="deposition 10358 without a tomogram of its own or of its datasets"
+    ):
+        survey(deposition=ANNOTATIONS_ONLY, api=api)
+    assert api.requests == 2
+    with pytest.raises(PortalError, match="meaning=annotations for a survey"):
+        survey(deposition=ANNOTATIONS_ONLY, meaning="annotations", api=api)
+    with pytest.raises(PortalError, match="no deposition, dataset"):
+        survey(api=api)
 
 
 @pytest.mark.parametrize(

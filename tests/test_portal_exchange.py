@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import threading
 import time
 import traceback
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +19,7 @@ from tests.portal_questions import (
     ALL_RUNS,
     ANSWERS,
     FIELDS,
+    PAGE,
     RUNS,
     api_of,
     be_quick,
@@ -30,7 +33,6 @@ from tomocpt_stream.portal_exchange import Exchange, pause_before
 from tomocpt_stream.portal_queries import PortalAPI
 
 if TYPE_CHECKING:
-    import threading
     from collections.abc import Iterator
 
 
@@ -143,6 +145,58 @@ def test_a_server_that_says_when_is_asked_then() -> None:
     ):
         response.headers["Retry-After"] = text
         assert portal_exchange._retry_after(response) == seconds
+
+
+def test_the_pause_is_as_long_as_the_server_asks_for(
+    server: PortalServer, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(portal_exchange, "_retry_after", lambda _: 3.5)  # after a pause of 2 s, then of 4 s
+    server.fault = Fault(status=429, times=2)
+    assert runs_of(api_of(server, budget=100)) == ALL_RUNS
+    assert clock.now == 3.5 + 4.0
+
+
+def test_who_is_busy_is_asked_for_as_much_again(server: PortalServer) -> None:
+    server.fault = Fault(status=503, times=2)
+    runs_of(api_of(server))
+    assert {body["variables"]["page"]["limit"] for body in server.requests} == {PAGE}
+
+
+def test_the_last_tries_wait_no_longer_than_the_budget(
+    server: PortalServer, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[float] = []
+    post = Exchange.post
+
+    def spy(exchange: Exchange, session: Any, question: Any, read_timeout: float) -> Any:
+        waits.append(read_timeout)
+        return post(exchange, session, question, read_timeout)
+
+    monkeypatch.setattr(Exchange, "post", spy)
+    server.fault = Fault(status=503, times=3)
+    assert api_of(server, timeout=(1, 90), budget=20).totals("runs")
+    assert waits == [90, 18, 14, 6]
+    assert clock.now == 14
+
+
+def test_a_redirection_is_told_and_not_followed(server: PortalServer) -> None:
+    class Elsewhere(BaseHTTPRequestHandler):
+        def log_message(self, *_: Any) -> None:
+            """Be quiet."""
+
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(307)
+            self.send_header("Location", server.url)
+            self.end_headers()
+
+    with HTTPServer(("127.0.0.1", 0), Elsewhere) as other:
+        thread = threading.Thread(target=other.handle_request)
+        thread.start()
+        with pytest.raises(PortalError, match=r"answers 307 .*and points to 127.0.0.1; expected"):
+            runs_of(api_of(f"http://127.0.0.1:{other.server_port}/"))
+        thread.join()
+    assert not server.requests
 
 
 def test_a_server_that_never_answers_is_left(server: PortalServer) -> None:

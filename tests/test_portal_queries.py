@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib.metadata import version
+from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -64,6 +65,29 @@ def test_no_page_is_asked_for_in_vain(server: PortalServer, count: int, requests
     rows = api.rows("tomograms", (), {"id": {"_lt": 100_000 + count, "_gt": 7}})
     assert [row["id"] for row in rows] == ALL_TOMOGRAMS[:count]
     assert api.requests == requests_sent
+
+
+def test_a_row_that_comes_several_times_is_one(server: PortalServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    def repeat(data: dict[str, Any]) -> None:
+        data["found"] = [row for row in data["found"] for _ in range(3)]
+
+    _through(server, monkeypatch, repeat)
+    api = api_of(server)
+    assert ANSWERS["pages"](api)
+    assert api.requests == 3
+    assert "count(distinct: true, columns: id)" in server.requests[0]["query"]  # not of the repetitions
+
+
+def test_several_threads_ask_no_more_at_once(server: PortalServer) -> None:
+    server.fault = Fault(delay=0.02)
+    api = api_of(server)
+    threads = [Thread(target=ANSWERS[question], args=(api,)) for question in ("batches", "lookup", "batches")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert api.requests >= 6
+    assert server.most_at_once == 4
 
 
 def test_a_condition_on_many_others_gives_each_row_once() -> None:

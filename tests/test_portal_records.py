@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 from typing import TYPE_CHECKING, Any
 
@@ -139,11 +140,24 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyte
         assert path.read_text() == "before"  # nothing of it is to be seen yet
         raise OSError(28, "No space left on device")
 
+    fsync = os.fsync
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(OSError, match="No space"):
         write_whole(path, "after")
     assert path.read_text() == "before"
     assert list(tmp_path.iterdir()) == [path]
+
+    def overtaken(number: int) -> None:
+        monkeypatch.setattr("os.fsync", fsync)
+        write_whole(path, "another's")  # at the same moment
+        fsync(number)
+
+    monkeypatch.setattr("os.fsync", overtaken)
+    (tmp_path / "reader").hardlink_to(path)
+    write_whole(path, "mine")
+    assert path.read_text() == "mine"
+    assert (tmp_path / "reader").read_text() == "before"  # who has it open reads on
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_runs_are_sorted_as_people_count() -> None:

@@ -17,7 +17,7 @@ from tests.portal_server import PortalServer, portal_server
 from tomocpt_stream import portal_exchange
 from tomocpt_stream.errors import PortalError
 from tomocpt_stream.portal import PortalAPI, select_tomograms
-from tomocpt_stream.portal_scope import _as_like, _fits_name, read_scope
+from tomocpt_stream.portal_scope import _as_like, _fits_name, pairs_of, read_scope
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -201,6 +201,14 @@ def test_a_mistake_shows_before_anything_is_asked(api: PortalAPI, asked: dict[st
     with pytest.raises(PortalError, match=said):
         select_tomograms(**asked, api=api)
     assert api.requests == 0
+
+
+def test_an_annotation_file_of_no_alignment_fits_no_tomogram() -> None:
+    files = [
+        {"tomogramVoxelSpacingId": spacing, "alignmentId": alignment}
+        for spacing, alignment in ((1, 2), (1, None), (None, 2), (None, None), (1, 2))
+    ]
+    assert pairs_of(files) == {(1, 2)}
 
 
 def test_a_glob_finds_what_it_says_and_nothing_else(api: PortalAPI) -> None:

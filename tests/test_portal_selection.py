@@ -141,7 +141,8 @@ def test_the_spacing_comes_first_then_the_processing_then_the_flags() -> None:
         record(id=2, processing="denoised", is_portal_standard=True),
         record(id=3, processing="filtered", is_portal_standard=True),
         record(id=4),
-        record(id=5, alignment_is_portal_standard=True, is_visualization_default=True),
+        record(id=5, alignment_is_portal_standard=True),
+        record(id=7, is_visualization_default=True),
         record(id=6, is_portal_standard=True),
     ]
     order = []
@@ -149,7 +150,7 @@ def test_the_spacing_comes_first_then_the_processing_then_the_flags() -> None:
         (taken,) = _taken(*run, near=10)
         order.append(taken)
         run = [each for each in run if each.id != taken]
-    assert order == [6, 5, 4, 3, 2, 1]
+    assert order == [6, 5, 7, 4, 3, 2, 1]
 
 
 @pytest.mark.parametrize(

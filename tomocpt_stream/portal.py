@@ -19,7 +19,15 @@ from tomocpt_stream.frame import working_grid
 from tomocpt_stream.lattice import Window
 from tomocpt_stream.portal_queries import PortalAPI
 from tomocpt_stream.portal_records import LeftOut, Selection, TomogramRecord, by_place
-from tomocpt_stream.portal_scope import Ids, Meaning, Scope, find_records, pairs_of, read_scope
+from tomocpt_stream.portal_scope import (
+    Ids,
+    Meaning,
+    Scope,
+    find_records,
+    pairs_of,
+    read_scope,
+    survey_wheres,
+)
 from tomocpt_stream.portal_selection import (
     HALVES,
     Filter,
@@ -48,6 +56,7 @@ __all__ = [
     "find_tomograms",
     "select_tomograms",
     "summary",
+    "survey",
 ]
 
 P = ParamSpec("P")
@@ -179,6 +188,60 @@ def _find(select: Callable[P, Selection]) -> Callable[P, list[TomogramRecord]]:
 
 
 find_tomograms = _find(select_tomograms)
+
+
+def survey(
+    *,
+    deposition: Ids | None = None,
+    dataset: Ids | None = None,
+    meaning: Meaning | None = None,
+    api: PortalAPI | None = None,
+) -> list[dict[str, Any]]:
+    """Return how many tomograms there are of each kind, from one request; none of them is listed.
+
+    Each kind has "tomograms", "bytes_zarr" (of all levels), "bytes_mrc", "voxel_spacing" (Å), "processing"
+    and "reconstruction"; the commonest comes first. Nothing is left out, and nothing chosen. A deposition
+    means the tomograms submitted in it, or else those of its datasets.
+
+    Raises
+    ------
+    PortalError
+        There are none, they are those that annotations lie on, or the portal does not answer.
+    """
+    api = api or PortalAPI()
+    scope = read_scope(deposition=deposition, dataset=dataset, meaning=meaning)
+    if meaning == "annotations":
+        raise PortalError(
+            "meaning=annotations for a survey",
+            expected="tomograms, or datasets: what annotations lie on takes a listing",
+            remedy="use summary(select_tomograms(...))",
+        )
+    groups: list[dict[str, Any]] = []
+    for where in survey_wheres(scope):
+        groups = groups or api.totals(
+            "tomograms",
+            where,
+            sums=("fileSizeOmezarr", "fileSizeMrc"),
+            by=("voxelSpacing", "processing", "reconstructionMethod"),
+        )
+    if not groups:
+        raise PortalError(
+            f"{scope} without a tomogram of its own or of its datasets",
+            expected="at least one",
+            remedy="check the id; select_tomograms says what is not there",
+        )
+    kinds = [
+        {
+            "tomograms": group["count"],
+            "voxel_spacing": group["voxelSpacing"],
+            "processing": group["processing"],
+            "reconstruction": group["reconstructionMethod"],
+            "bytes_zarr": float(group["fileSizeOmezarr"] or 0),
+            "bytes_mrc": float(group["fileSizeMrc"] or 0),
+        }
+        for group in groups
+    ]
+    return sorted(kinds, key=lambda kind: (-kind["tomograms"], *map(str, kind.values())))
 
 
 def summary(

@@ -213,7 +213,7 @@ def _of_deposition(number: int, scope: Scope, api: PortalAPI) -> tuple[dict[int,
         if meaning == "annotations":
             found = _under_annotations(number, scope, api)
         else:
-            found = _matching(scope, deposition_where(number, meaning), api)
+            found = _matching(scope, _deposition_where([number], meaning), api)
         if found:
             return found, meaning
     there = api.lookup({"depositions": (["title"], [number])})["depositions"].get(number)
@@ -235,11 +235,20 @@ def _within(scope: Scope) -> str:
     return f" within {narrowed}" if str(narrowed) else ""
 
 
-def deposition_where(number: int, meaning: Meaning) -> dict[str, Any]:
-    """Return the condition for the tomograms that were submitted in a deposition, or in its datasets."""
+def survey_wheres(scope: Scope) -> list[dict[str, Any]]:
+    """Return the conditions for all tomograms of a scope's depositions and datasets, one for each meaning."""
+    within = {"run": {"datasetId": {"_in": list(scope.datasets)}}} if scope.datasets else {}
+    if not scope.depositions:
+        return [within]
+    meanings: list[Meaning] = [scope.meaning] if scope.meaning else ["tomograms", "datasets"]
+    return [_merged(_deposition_where(scope.depositions, meaning), within) for meaning in meanings]
+
+
+def _deposition_where(numbers: Sequence[int], meaning: Meaning) -> dict[str, Any]:
+    """Return the condition for the tomograms that were submitted in depositions, or in their datasets."""
     if meaning == "tomograms":
-        return {"depositionId": {"_eq": number}}
-    return {"run": {"dataset": {"depositionId": {"_eq": number}}}}
+        return {"depositionId": {"_in": list(numbers)}}
+    return {"run": {"dataset": {"depositionId": {"_in": list(numbers)}}}}
 
 
 def _under_annotations(number: int, scope: Scope, api: PortalAPI) -> dict[int, Row]:
