@@ -140,9 +140,9 @@ def test_the_spacing_comes_first_then_the_processing_then_the_flags() -> None:
         record(id=1, voxel_spacing=4.99, is_portal_standard=True),
         record(id=2, processing="denoised", is_portal_standard=True),
         record(id=3, processing="filtered", is_portal_standard=True),
-        record(id=4),
+        record(id=7),
         record(id=5, alignment_is_portal_standard=True),
-        record(id=7, is_visualization_default=True),
+        record(id=4, is_visualization_default=True),
         record(id=6, is_portal_standard=True),
     ]
     order = []
@@ -150,7 +150,7 @@ def test_the_spacing_comes_first_then_the_processing_then_the_flags() -> None:
         (taken,) = _taken(*run, near=10)
         order.append(taken)
         run = [each for each in run if each.id != taken]
-    assert order == [6, 5, 7, 4, 3, 2, 1]
+    assert order == [6, 5, 4, 7, 3, 2, 1]
 
 
 @pytest.mark.parametrize(
@@ -273,8 +273,8 @@ def test_where_the_preference_decides_nothing_is_told() -> None:
     assert selection.ties == ()
     assert selection.notes == (
         "One tomogram of each run is taken, by this preference: a zarr before an MRC file, then the voxel "
-        "spacing that most runs have, then raw, filtered, denoised, then the portal's standard, a standard "
-        "alignment, and what the portal shows first; then the newest.",
+        "spacing that most runs have (10.012 Å), then raw, filtered, denoised, then the portal's standard, a "
+        "standard alignment, and what the portal shows first; then the newest.",
     )
     assert "nearest 10 Å" in preference([], near=10.0).text
 

@@ -272,9 +272,12 @@ def preference(
             record.is_visualization_default is not True,
         )
 
-    first = (
-        f"voxel spacing nearest {near:g} Å" if near is not None else "the voxel spacing that most runs have"
-    )
+    if near is not None:
+        first = f"voxel spacing nearest {near:g} Å"
+    else:
+        common = [(commonness[record.id], record.voxel_spacing) for record in records]
+        which = f" ({max(common)[1]:g} Å)" if common else ""
+        first = f"the voxel spacing that most runs have{which}"
     return Preference(
         f"a zarr before an MRC file, then {first}, then {', '.join(order)}, then the portal's standard, "
         "a standard alignment, and what the portal shows first",
