@@ -52,6 +52,7 @@ from tomocpt_stream.dispatch import run_jobs
 from tomocpt_stream.errors import PlanError
 from tomocpt_stream.phantom import SHAPES_HELD_OUT, PhantomOptions, simulate_phantom, write_mrc
 from tomocpt_stream.pipeline import min_distance, plan_pick
+from tomocpt_stream.schedule import end
 from tomocpt_stream.stages import Job, Stage
 
 if TYPE_CHECKING:
@@ -232,36 +233,46 @@ def _plan(shape: Any, picker: Any, options: PickOptions, chunk: int, share: floa
 def scaling_table(shape: tuple[int, int, int], seconds: float) -> list[str]:
     """Return the table of the second part."""
     scorer = Sleeper(seconds)
-    options = PickOptions(2 * scorer.particle_radius * VOXEL_SIZE)
-    counts = (1, 2, 4, 8)
     rows = []
     first: dict[str, tuple[float, float]] = {}
     with tempfile.TemporaryDirectory(prefix="bench-cluster-") as folder:
         volume = _noise_volume(Path(folder), shape)
-        for workers in counts:
+        for workers in (1, 2, 4, 8):
             with cluster(workers) as client:
-                _warm(client, scorer, options, folder)
-                for kind, planned in (("one for all", counts[-1]), ("its own", workers)):
-                    plan = plan_blocks(volume.shape, scorer.window, stitch=options.stitch, workers=planned)
-                    store = Path(folder) / f"{kind} {workers}"
+                _warm(client, scorer, PickOptions(2 * scorer.particle_radius * VOXEL_SIZE), folder)
+                for stitch in ("hann", "crop"):
+                    options = PickOptions(2 * scorer.particle_radius * VOXEL_SIZE, stitch=stitch)
+                    plan = plan_blocks(volume.shape, scorer.window, stitch=stitch, workers=workers)
+                    last = end((task.window_count for task in plan.tasks), workers)
+                    before = _processor_seconds(client)
+                    store = Path(folder) / f"{stitch} {workers}"
                     wall, busy = _timed(volume, scorer, plan, store, options, client)
-                    rate = plan.windows / wall
-                    wall_of_one, rate_of_one = first.setdefault(kind, (wall, rate))
-                    cells = [kind, workers, len(plan.tasks), plan.windows, f"{wall:.1f}", f"{rate:.1f}"]
-                    cells += [f"{rate / rate_of_one / workers:.2f}", f"{wall_of_one / wall:.2f}"]
-                    rows.append(f"| {' | '.join(map(str, cells))} | {sum(busy) / workers / wall:.0%} |")
+                    rate, spent = plan.windows / wall, _processor_seconds(client) - before
+                    wall_of_one, rate_of_one = first.setdefault(stitch, (wall, rate))
+                    cells = [stitch, workers, len(plan.tasks), plan.windows, f"{wall:.1f}", f"{rate:.1f}"]
+                    cells += [f"{rate / rate_of_one / workers:.2f}", f"{plan.windows / workers / last:.2f}"]
+                    cells += [f"{wall_of_one / wall:.2f}", f"{sum(busy) / workers / wall:.0%}"]
+                    cells += [f"{spent:.0f}"]
+                    rows.append(f"| {' | '.join(map(str, cells))} |")
                     print(rows[-1], flush=True)
     return [
         f"A scorer that sleeps {seconds:g} s a batch of 4, {' x '.join(map(str, shape))} working voxels,",
-        "hann, worker processes on one machine. Efficiency: windows/s over those of one worker times the",
-        f'number of workers. Plan "one for all": cut for {counts[-1]} workers, whoever carries it out; plan',
-        '"its own": cut for the workers there are, as `pick` does, which scores windows at seams twice so',
-        "that all have work. Speed-up: in wall time, of the whole tomogram, over one worker.",
+        f"worker processes on one machine of {os.cpu_count()} cores, each plan cut for its workers.",
+        "Efficiency: windows/s over those of one worker times the workers; planned: what is left of it by",
+        "tasks that cannot all end together. Speed-up: in wall time, of the whole tomogram; below the",
+        "efficiency, as hann scores windows at the seams of tasks in each of them. CPU: of all workers.",
         "",
-        "| plan | workers | tasks | windows | s | windows/s | efficiency | speed-up | scorers ran |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
-        *sorted(rows, reverse=True, key=lambda row: "one for all" in row),
+        "| stitch | workers | tasks | windows | s | windows/s | efficiency | planned | speed-up "
+        "| scorers ran | CPU s |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+        *sorted(rows, reverse=True, key=lambda row: "hann" in row),
     ]
+
+
+def _processor_seconds(client: Any) -> float:
+    """Return the CPU seconds that all workers have taken so far."""
+    times = [psutil.Process(process).cpu_times() for process in client.run(os.getpid).values()]
+    return float(sum(spent.user + spent.system for spent in times))
 
 
 def _timed(

@@ -188,12 +188,12 @@ def test_workers_that_join_later_are_waited_for_and_used(
     ):
         assert worker_count(client) == 1  # a plan for the first worker that comes
         local: Any = client.cluster
-        run = pool.submit(answers, marks, *["await 4-end"] * 3, "", client=client)
+        run = pool.submit(answers, marks, *["await 4-end"] * 3, *[""] * 5, client=client)
         local.scale(1)
         # Three jobs wait on the first worker for the fourth, which only another worker can take.
         until(lambda: sum(len(marks.of(f"{number}-try")) for number in (1, 2, 3)) == 2)
         local.scale(2)
-        assert run.result(60) == [1, 4, 9, 16]
+        assert run.result(60) == [number**2 for number in range(1, 9)]
         assert holders(client, name) == 2
         assert use_all(client, tmp_path, name)
         # One that is killed is started again, and holds it again.

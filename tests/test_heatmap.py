@@ -24,6 +24,7 @@ from zarr.storage import LocalStore, MemoryStore
 
 from tests.cuts import budget
 from tests.scorers import SMALL, Identity, MatchedFilter, PlaceDependent
+from tomocpt_stream import heatmap as heatmap_module
 from tomocpt_stream.blocks import Window, plan_blocks, reflect
 from tomocpt_stream.dispatch import run_jobs
 from tomocpt_stream.errors import CheckpointError, PlanError, SourceError
@@ -762,3 +763,26 @@ def test_a_map_of_before_tables_had_a_name_goes_on(tmp_path: Path) -> None:
         path.write_text(json.dumps(receipt))
     resumed = _predict(volume, PlaceDependent(), chunk=12, store=tmp_path / "m")
     assert resumed.candidate_table().tobytes() == whole.candidate_table().tobytes()
+
+
+def test_seams_without_a_score_above_the_floor_are_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = (60, 40, 96)
+    voxels = np.random.default_rng(3).normal(size=shape).astype(np.float32)
+    voxels[:, :, 40:] = np.random.default_rng(4).normal(-50, 0.1, (60, 40, 56))  # scores far below the floor
+    volume = ingest(open_tomogram(voxels, voxel_size=10.0), MemoryStore(), voxel_size=10.0)
+    searched: list[Any] = []
+
+    def settle(box: Any, *rest: Any) -> Any:
+        searched.append(box)
+        return settled(box, *rest)
+
+    settled = heatmap_module._settle_seam
+    monkeypatch.setattr(heatmap_module, "_settle_seam", settle)
+    least = budget(shape, SMALL, 0.0, stitch="crop", batch_size=3, chunk=24)
+    options = PickOptions(60.0, stitch="crop", batch_size=3)
+    heatmap = _predict(volume, Identity(), options, memory=least)
+    assert max(start for _, _, (start, _) in searched) < 72  # nothing of the last chunks along x
+    assert min(stop for _, _, (_, stop) in searched) <= 24
+    found = find_peaks(heatmap, threshold=0.3, min_distance=2.0, refine=False)
+    expected = find_peaks(_scores(heatmap), threshold=0.3, min_distance=2.0, refine=False)
+    np.testing.assert_array_equal(found.zyx, expected.zyx)

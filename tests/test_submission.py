@@ -113,6 +113,13 @@ def test_few_jobs_are_under_way_at_a_time(pair: Client) -> None:
     assert_idle(pair)
 
 
+def test_the_last_jobs_go_to_idle_workers(pair: Client) -> None:
+    with watching(pair) as most:
+        jobs = (Job(f"task {number}", 60 + 10 * number) for number in range(4))
+        assert len(list(run_jobs(replace(NOTHING, total=4), jobs, client=pair))) == 4
+    assert sorted(most.values()) == [1, 1]
+
+
 @pytest.mark.parametrize(
     ("count", "threads", "most_each", "settings"),
     [
@@ -183,13 +190,13 @@ def ours() -> int:
 
 def test_keys_can_be_read_by_people(pair: Client, marks: Marks) -> None:
     assert_idle(pair)
-    run = run_jobs(stage(marks.folder, 2), jobs("await end", "await end", ""), client=pair)
+    run = run_jobs(stage(marks.folder, 5), jobs("await end", "await end", ""), client=pair)
     next(run)
     until(lambda: len(scheduler(pair).tasks) == 2)
     tasks = list(scheduler(pair).tasks.values())
     assert {task.key.rpartition("-")[0] for task in tasks} == {
-        "predict-1 of 2, TS_01, task 1 of 3 (z 1)",
-        "predict-2 of 2, TS_01, task 2 of 3 (z 2)",
+        "predict-1 of 5, TS_01, task 1 of 3 (z 1)",
+        "predict-2 of 5, TS_01, task 2 of 3 (z 2)",
     }
     assert {task.prefix.name for task in tasks} == {"predict"}
     marks.leave("end")

@@ -30,7 +30,7 @@ def test_normalisation_is_equation_5_clipped() -> None:
     np.testing.assert_array_equal(normalise(voxels.copy(), (1.5, 2.0, 3.0)), expected)
 
 
-@pytest.mark.parametrize("shape", [(50, 40, 45), (9, 70, 4), (1, 20, 20)])
+@pytest.mark.parametrize("shape", [(50, 40, 45), (9, 70, 4), (1, 20, 20), (30, 131, 9)])
 @pytest.mark.parametrize("share", [0.0, 1.0])
 @pytest.mark.parametrize("negate", [False, True])
 def test_a_window_sees_the_reflected_volume(shape: Any, share: float, negate: bool) -> None:
@@ -110,6 +110,33 @@ def test_the_next_row_is_read_while_one_is_used() -> None:
             gated.gate.clear()
         assert rows.is_last
         assert not gated.asked.acquire(timeout=0.05)  # and nothing beyond the last one
+
+
+class _Ajar(_Gated):
+    """Voxels of the first rows along y only; whoever asks for others waits."""
+
+    def __getitem__(self, box: Any) -> Any:
+        self.asked.release()
+        assert box[1].start == 0 or self.gate.wait(30)
+        return self.array[box]
+
+
+def test_the_first_windows_do_not_wait_for_the_last_strip() -> None:
+    shape = (16, 150, 20)  # stored chunks have an edge of 64: three strips along y
+    volume = _volume(_noise(shape))
+    ajar = _Ajar(volume.array)
+    plan = plan_blocks(shape, SMALL, memory=10**12)
+    voxels = normalise(_noise(shape), volume.percentiles)
+    with Rows(replace(volume, array=ajar), plan, plan.tasks[0], negate=False) as rows:  # type: ignore[arg-type]
+        assert next(iter(rows)) == 0
+        for y in range(16):
+            if y == 6:  # window 5 sees lines 47 to 63, window 6 lines of the second strip
+                assert not ajar.gate.is_set()
+                ajar.gate.set()
+            if y < SMALL.lattice(shape)[1]:
+                spans = [SMALL.span(axis, k) for axis, k in enumerate((0, y, 0))]
+                seen = voxels[np.ix_(*(reflect(*span, n) for span, n in zip(spans, shape, strict=True)))]
+                np.testing.assert_array_equal(rows.window(y, 0), seen)
 
 
 def test_an_error_while_reading_ahead_reaches_who_asks_for_the_row() -> None:

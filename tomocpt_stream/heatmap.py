@@ -54,6 +54,7 @@ if TYPE_CHECKING:
 __all__ = ["Heatmap", "PickOptions", "Scorer", "open_heatmap", "predict"]
 
 Contrast = Literal["dark", "bright"]
+Level = Literal["given", "coarsest"]
 
 FORMAT_VERSION = 1
 CANDIDATE_FLOOR = 0.05
@@ -94,6 +95,10 @@ class PickOptions:
         Windows scored at once; part of the numerics.
     margin
         No pick is reported within this distance of the volume's faces.
+    level
+        "given" reads the level that the tomogram was opened at; "coarsest" the coarsest stored level
+        that is at least as fine as the working voxel size, an eighth or less of the bytes. Picks are
+        in voxels of level 0 all the same.
     """
 
     diameter: float
@@ -104,6 +109,7 @@ class PickOptions:
     tta: bool = False
     batch_size: int = 4
     margin: float = 0.0
+    level: Level = "given"
 
     def __post_init__(self) -> None:
         """Refuse options that make no sense."""
@@ -127,6 +133,12 @@ class PickOptions:
                 f"contrast {self.contrast!r} and stitch {self.stitch!r}",
                 expected=f"contrast {' or '.join(get_args(Contrast))}; stitch {', '.join(STITCHES)}",
                 remedy="choose one of them",
+            )
+        if self.level not in get_args(Level):
+            raise PlanError(
+                f"level {self.level!r}",
+                expected=f"one of {', '.join(get_args(Level))}",
+                remedy='leave it out, or give "coarsest"',
             )
         if self.batch_size < 1 or int(self.batch_size) != self.batch_size:
             raise PlanError(
@@ -237,19 +249,21 @@ def _finish(work: Work, address: Address[Work], client: Any) -> dict[str, Any]:
     spans = array("i")  # of each chunk: its task's write box, its own, its settled one; 72 bytes
     low, high, scored, candidates, plateau = math.inf, -math.inf, 0, 0, 0
     tables = {SEAMS}
+    most: dict[str, float] = {}
     for key, receipt in work.receipts.each():
         tables.add(receipt.get("table", f"candidates/{key}"))
         for name in ("write", "chunk", "settled"):
             for span in receipt[name]:
                 spans.extend(span)
         low, high = min(low, receipt["minimum"]), max(high, receipt["maximum"])
+        most[key] = receipt["maximum"]
         scored += receipt["scored"]
         candidates += receipt["candidates"]
         plateau += receipt["plateau"]
     if low != high:
         candidates += plateau
     boxes = unsettled(np.frombuffer(spans, dtype=np.int32).reshape(-1, 3, 3, 2), work.plan)
-    jobs = [Job(f"seam {_label(box)}", box) for box in boxes]
+    jobs = [Job(f"seam {_label(box)}", box) for box in boxes if _most_in(box, work, most) > work.floor]
     found = [np.zeros(0, dtype=CANDIDATE)]
     stage = Stage("seams", work.volume.name, _settle_seam, address, len(jobs))
     for _, table in run_jobs(stage, jobs, client=client):
@@ -265,6 +279,12 @@ def _finish(work: Work, address: Address[Work], client: Any) -> dict[str, Any]:
     delete_but(work.scores.store, "candidates/", tables)
     summary = {"minimum": low, "maximum": high, "scored": scored, "candidates": candidates}
     return {**summary, "seams_sha256": sha256(seams)}
+
+
+def _most_in(box: tuple[Span, Span, Span], work: Work, most: dict[str, float]) -> float:
+    """Return the greatest score of the chunks that a box touches; at most the floor, it has no candidate."""
+    z, y, x = ((start // c * c, stop) for (start, stop), c in zip(box, work.plan.chunk, strict=True))
+    return max(most[key] for key, _ in work.plan.chunks_of((z, y, x)))
 
 
 def _settle_seam(box: tuple[Span, Span, Span], work: Work, report: Report) -> bytes:

@@ -109,7 +109,8 @@ class _Run:
         # Jobs whose worker died again and again: they may be innocent, so each gets a run of its own.
         self._suspects: deque[Job] = deque()
         self._tallies: dict[str, Tally] = {}
-        self._limit, self._asked = 1, -math.inf
+        self._workers, self._limit, self._asked = 1, 1, -math.inf
+        self._begun = 0  # jobs submitted, each counted once
         self._news: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self._line = _line_of(client)
         self._line.runs[self._name] = self._news
@@ -172,6 +173,7 @@ class _Run:
         """Submit jobs up to the limit: new ones, then those for another try, then suspects one by one."""
         while self._client.status == "running" and len(self._under_way) < self._room():
             job = next(ahead, None)
+            self._begun += job is not None
             if job is None and self._again and not self._attempts.delay(self._again[0]):
                 job = self._again.popleft()
             if job is None:
@@ -181,13 +183,19 @@ class _Run:
             self._submit(job)
 
     def _room(self) -> int:
-        """Return how many jobs may be under way: a few for each worker, whose number may change."""
+        """Return how many jobs may be under way: a few for each worker, whose number may change.
+
+        The last ones go to workers that have nothing to do: a job that waits beside a running one cannot
+        be taken up by a worker that has become idle.
+        """
         if time.monotonic() - self._asked > _ASK:
             with self._if_connected():
                 threads = self._client.nthreads()
+                self._workers = max(1, len(threads))
                 self._limit = max(1, sum(min(count, THREADS) + _WAITING for count in threads.values()))
             self._asked = time.monotonic()
-        return self._limit
+        waiting = self._stage.total - self._begun - self._workers
+        return min(self._limit, self._workers + max(0, waiting))
 
     def _submit(self, job: Job, *, alone: bool = False) -> None:
         self._submitted += 1
