@@ -323,11 +323,12 @@ def versions(script: str = "bench_pipeline.py", *others: str) -> list[str]:
     commit = subprocess.run(git, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
     names = ("numpy", "scipy", "torch", "zarr", "monai", "scikit-image", *others)
     machine = f"{os.cpu_count()} CPUs, {platform.machine()}, {platform.system()}"
+    words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
     return [
         f"- commit {commit.stdout.strip() or 'unknown'}, {dt.datetime.now(tz=dt.UTC):%Y-%m-%d}",
         f"- {machine}, CPython {platform.python_version()}",
         "- " + ", ".join(f"{name} {metadata.version(name)}" for name in names),
-        f"- `{' '.join([f'python benchmarks/{script}', *sys.argv[1:]])}`",
+        f"- `{' '.join([f'python benchmarks/{script}', *words])}`",
     ]
 
 

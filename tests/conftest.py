@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
     from distributed import Client
 
+    from tests.buckets import S3, Way
+
 # A run in the background of a shell ignores SIGINT, and so would the programs that tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -37,3 +39,20 @@ def workers() -> Iterator[Client]:
 
     with cluster(2) as client:
         yield client
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[S3]:
+    """An S3 server, a bucket, and the way to it, which a test may make slow or broken."""
+    from tests.buckets import S3, Bucket, s3_server, way_to
+
+    with s3_server() as server, way_to(server) as way:
+        yield S3(Bucket(server, "tomograms"), way)
+
+
+@pytest.fixture
+def way(s3: S3) -> Iterator[Way]:
+    """The way to the S3 server, straight and with nothing asked yet."""
+    s3.way.reset()
+    yield s3.way
+    s3.way.reset()

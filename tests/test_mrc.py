@@ -20,7 +20,9 @@ from PIL import Image, ImageSequence
 
 from tests.mrc_writer import mrc_header, write_mrc
 from tomocpt_stream.errors import BrokenSourceError, SourceError
-from tomocpt_stream.mrc import HEADER_BYTES, IMOD_STAMP, MrcFile, parse_header
+from tomocpt_stream.files import LocalFile
+from tomocpt_stream.mrc import MrcFile
+from tomocpt_stream.mrc_header import HEADER_BYTES, IMOD_STAMP, parse_header
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -28,6 +30,10 @@ if TYPE_CHECKING:
     from tomocpt_stream.frame import Box
 
 ALL: Box = (slice(0, 6), slice(0, 5), slice(0, 4))
+
+
+def open_mrc(path: Path) -> MrcFile:
+    return MrcFile(LocalFile(path))
 
 
 def ramp(kind: str = "f4", shape: tuple[int, int, int] = (6, 5, 4)) -> npt.NDArray[Any]:
@@ -42,7 +48,7 @@ def ramp(kind: str = "f4", shape: tuple[int, int, int] = (6, 5, 4)) -> npt.NDArr
 @pytest.mark.parametrize("kind", ["i1", "i2", "f4", "u2", "f2"])
 def test_reads_every_mode_in_both_byte_orders(tmp_path: Path, kind: str, order: str) -> None:
     voxels = ramp(kind)
-    file = MrcFile(write_mrc(tmp_path / "a.mrc", voxels, order))
+    file = open_mrc(write_mrc(tmp_path / "a.mrc", voxels, order))
     assert file.shape == (6, 5, 4)
     assert file.dtype.kind == voxels.dtype.kind
     assert file.dtype.itemsize == voxels.dtype.itemsize
@@ -66,7 +72,7 @@ def test_agrees_with_mrcfile(tmp_path: Path, kind: str) -> None:
         file.set_data(voxels)
         file.set_volume()
         file.voxel_size = 10.52
-    found = MrcFile(tmp_path / "a.mrc")
+    found = open_mrc(tmp_path / "a.mrc")
     np.testing.assert_array_equal(found.read(ALL), voxels.astype(np.float32))
     assert found.header.voxel_sizes == (10.52, 10.52, 10.52)
     assert found.dtype == voxels.dtype
@@ -77,7 +83,7 @@ def test_agrees_with_mrcfile(tmp_path: Path, kind: str) -> None:
 def test_without_a_machine_stamp_the_sizes_tell_the_byte_order(tmp_path: Path, kind: str, order: str) -> None:
     voxels = ramp(kind)
     path = write_mrc(tmp_path / "a.mrc", voxels, order, stamp=b"\x00" * 4, map_id=b"\x00" * 4)
-    file = MrcFile(path)
+    file = open_mrc(path)
     np.testing.assert_array_equal(file.read(ALL), voxels.astype(np.float32))
     (remark,) = file.remarks()
     assert "no machine stamp" in remark
@@ -87,7 +93,7 @@ def test_without_a_machine_stamp_the_sizes_tell_the_byte_order(tmp_path: Path, k
 @pytest.mark.parametrize("order", ["<", ">"])
 def test_a_wrong_machine_stamp_gives_way_to_the_sizes(tmp_path: Path, order: str) -> None:
     stamp = b"\x11\x11\x00\x00" if order == "<" else b"DD\x00\x00"
-    file = MrcFile(write_mrc(tmp_path / "a.mrc", ramp(), order, stamp=stamp))
+    file = open_mrc(write_mrc(tmp_path / "a.mrc", ramp(), order, stamp=stamp))
     np.testing.assert_array_equal(file.read(ALL), ramp())
     assert "contradicts the sizes" in file.remarks()[0]
 
@@ -105,7 +111,7 @@ def test_an_extended_header_is_skipped_and_described(tmp_path: Path) -> None:
     path = write_mrc(
         tmp_path / "a.mrc", ramp(), extended=768, extended_type=b"FEI1", label=b"made for a test"
     )
-    file = MrcFile(path)
+    file = open_mrc(path)
     np.testing.assert_array_equal(file.read(ALL), ramp())
     facts = file.facts()
     assert facts["extended_header_bytes"] == 768
@@ -125,7 +131,7 @@ def test_any_axis_order_is_exposed_as_z_y_x(tmp_path: Path, axes: tuple[int, int
     path = write_mrc(
         tmp_path / "a.mrc", truth.transpose(sections, rows, columns), axes=axes, cell=cell, sampling=(4, 5, 6)
     )
-    file = MrcFile(path)
+    file = open_mrc(path)
     assert file.shape == truth.shape
     assert file.header.voxel_sizes == (5.0, 3.0, 2.0)
     np.testing.assert_array_equal(file.read(ALL), truth)
@@ -137,7 +143,7 @@ def test_any_axis_order_is_exposed_as_z_y_x(tmp_path: Path, axes: tuple[int, int
 
 def test_a_deposited_map_with_axis_order_3_1_2(shared_data: Path) -> None:
     path = shared_data / "mrc" / "EMD-3001.map"
-    file = MrcFile(path)
+    file = open_mrc(path)
     with mrcfile.open(path, permissive=True) as peer:
         truth = peer.data.transpose(2, 0, 1)  # sections y, rows x, columns z
         sizes = peer.voxel_size
@@ -150,8 +156,8 @@ def test_a_deposited_map_with_axis_order_3_1_2(shared_data: Path) -> None:
 @pytest.mark.parametrize("name", ["EMD-3197.map.bz2", "emd_3197.map.gz"])
 def test_compressed_maps_equal_the_plain_one(shared_data: Path, name: str) -> None:
     box: Box = (slice(3, 17), slice(0, 20), slice(9, 10))
-    plain = MrcFile(shared_data / "mrc" / "EMD-3197.map")
-    packed = MrcFile(shared_data / "mrc" / name)
+    plain = open_mrc(shared_data / "mrc" / "EMD-3197.map")
+    packed = open_mrc(shared_data / "mrc" / name)
     assert packed.header == plain.header
     np.testing.assert_array_equal(packed.read(box), plain.read(box))
 
@@ -165,7 +171,7 @@ def test_opening_a_compressed_file_unpacks_only_its_header(
     path = tmp_path / f"a.mrc{suffix}"
     path.write_bytes(pack(plain.read_bytes()))
     monkeypatch.setattr("tomocpt_stream.mrc._unpack", None)
-    file = MrcFile(path)
+    file = open_mrc(path)
     assert file.shape == voxels.shape
     assert file.dtype == np.int8
     assert file.facts()["kind"].startswith("MRC, ")
@@ -200,21 +206,21 @@ def test_a_truncated_compressed_file_is_an_error_at_the_read(tmp_path: Path, pac
     path = tmp_path / f"b.mrc{suffix}"
     packed = pack(whole)
     path.write_bytes(packed[: len(packed) - len(packed) // 8])
-    file = MrcFile(path)
+    file = open_mrc(path)
     with pytest.raises(SourceError, match="cannot be unpacked"):
         file.read((slice(0, 1), slice(0, 1), slice(0, 1)))
     path.write_bytes(pack(whole[:-1000]))  # a whole archive of a truncated file
     with pytest.raises(
         SourceError, match=f"truncated: it holds {len(whole) - 1000} bytes; expected {len(whole)}"
     ):
-        MrcFile(path).read((slice(0, 1), slice(0, 1), slice(0, 1)))
+        open_mrc(path).read((slice(0, 1), slice(0, 1), slice(0, 1)))
     path.write_bytes(packed[:40])
     with pytest.raises(SourceError, match=r"cannot be read|holds"):
-        MrcFile(path)
+        open_mrc(path)
 
 
 def test_a_plain_file_with_a_compressed_name_is_read_as_what_it_is(tmp_path: Path) -> None:
-    file = MrcFile(write_mrc(tmp_path / "a.mrc.gz", ramp()))
+    file = open_mrc(write_mrc(tmp_path / "a.mrc.gz", ramp()))
     np.testing.assert_array_equal(file.read(ALL), ramp())
 
 
@@ -238,7 +244,7 @@ def test_opening_and_reading_a_huge_file_touches_only_the_box(
 
     monkeypatch.setattr(np, "memmap", watched)
     tracemalloc.start()
-    file = MrcFile(path)
+    file = open_mrc(path)
     assert maps == []
     found = file.read((slice(1499, 1502), slice(3998, 4002), slice(4988, 5000)))
     peak = tracemalloc.get_traced_memory()[1]
@@ -253,7 +259,7 @@ def test_opening_and_reading_a_huge_file_touches_only_the_box(
 def test_opening_reads_no_more_than_the_header(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_mrc(tmp_path / "a.mrc", ramp("u1"), stated=(0, 163, 150), map_id=b"\x00" * 4)
     monkeypatch.setattr(MrcFile, "_map", None)
-    file = MrcFile(path)
+    file = open_mrc(path)
     assert file.dtype == np.uint8
     assert file.facts()["stated_maximum"] == 163
     assert file.chunks == (6, 5, 4)
@@ -263,7 +269,7 @@ def test_opening_reads_no_more_than_the_header(tmp_path: Path, monkeypatch: pyte
 
 
 def test_a_legacy_reconstruction_with_unsigned_bytes(shared_data: Path) -> None:
-    file = MrcFile(shared_data / "real" / "tardis" / "rec3D.rec")
+    file = open_mrc(shared_data / "real" / "tardis" / "rec3D.rec")
     assert not file.header.has_map_id
     assert file.dtype == np.uint8
     assert any("unsigned" in remark and "163" in remark for remark in file.remarks())
@@ -295,7 +301,7 @@ def test_a_legacy_reconstruction_with_unsigned_bytes(shared_data: Path) -> None:
     ],
 )
 def test_whether_bytes_are_signed(tmp_path: Path, words: dict[str, Any], signed: bool) -> None:
-    file = MrcFile(write_mrc(tmp_path / "a.mrc", ramp("i1"), **words))
+    file = open_mrc(write_mrc(tmp_path / "a.mrc", ramp("i1"), **words))
     assert file.dtype == (np.int8 if signed else np.uint8)
     assert file.read(ALL).min() == (-60 if signed else 0)
 
@@ -307,7 +313,7 @@ def test_old_bytes_without_any_statement_are_read_with_the_smaller_spread(
     info = np.iinfo(kind)
     values = np.random.default_rng(1).normal(centre, 20, (6, 40, 50)).clip(info.min, info.max).astype(kind)
     path = write_mrc(tmp_path / "a.rec", values, stated=(0, 0, 0), map_id=b"\x00" * 4)
-    file = MrcFile(path)
+    file = open_mrc(path)
     assert file.dtype == kind
     assert any("smaller spread" in remark for remark in file.remarks())
     found = file.read((slice(0, 6), slice(0, 40), slice(0, 50)))
@@ -318,7 +324,7 @@ def test_remarks_on_trailing_bytes_and_stacks_of_images(tmp_path: Path) -> None:
     path = write_mrc(tmp_path / "a.mrc", ramp(), space_group=0, sampling=(4, 5, 1))
     with path.open("ab") as out:
         out.write(b"xyz")
-    file = MrcFile(path)
+    file = open_mrc(path)
     np.testing.assert_array_equal(file.read(ALL), ramp())
     trailing, stack = file.remarks()
     assert trailing == "3 bytes after the last voxel are ignored"
@@ -331,18 +337,18 @@ def test_a_truncated_file_says_what_it_holds_and_should(tmp_path: Path) -> None:
     with pytest.raises(
         SourceError, match="truncated: it holds 1503 bytes; expected 1504 bytes: 4 x 5 x 6 voxels"
     ):
-        MrcFile(path)
+        open_mrc(path)
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(SourceError, match="holds 1000 bytes; expected an MRC header"):
-        MrcFile(path)
+        open_mrc(path)
     path.write_bytes(b"")
     with pytest.raises(SourceError, match="holds 0 bytes"):
-        MrcFile(path)
+        open_mrc(path)
 
 
 def test_a_file_that_shrinks_or_goes_after_opening_is_an_error(tmp_path: Path) -> None:
     path = write_mrc(tmp_path / "a.mrc", ramp())
-    file = MrcFile(path)
+    file = open_mrc(path)
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(BrokenSourceError, match="cut short meanwhile"):
         file.read(ALL)
@@ -354,7 +360,7 @@ def test_a_file_that_shrinks_or_goes_after_opening_is_an_error(tmp_path: Path) -
 def test_a_disk_that_fails_may_do_better_at_the_next_try(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    file = MrcFile(write_mrc(tmp_path / "a.mrc", ramp()))
+    file = open_mrc(write_mrc(tmp_path / "a.mrc", ramp()))
 
     def fail(*_: Any, **__: Any) -> Any:
         raise OSError(5, "Input/output error")
@@ -372,25 +378,25 @@ def test_modes_that_are_no_tomogram(tmp_path: Path, mode: int, says: str) -> Non
     path = tmp_path / "a.mrc"
     path.write_bytes(mrc_header((6, 5, 4), mode) + bytes(4 * 120))
     with pytest.raises(SourceError, match=f"mode {mode} .{says}"):
-        MrcFile(path)
+        open_mrc(path)
 
 
 @pytest.mark.parametrize("shape", [(1, 5, 4), (6, 1, 4), (6, 5, 1)])
 def test_a_single_image_is_refused(tmp_path: Path, shape: tuple[int, int, int]) -> None:
     with pytest.raises(SourceError, match="single image"):
-        MrcFile(write_mrc(tmp_path / "a.mrc", ramp(shape=shape)))
+        open_mrc(write_mrc(tmp_path / "a.mrc", ramp(shape=shape)))
 
 
 def test_a_micrograph_of_another_program_is_refused(shared_data: Path) -> None:
     with pytest.raises(SourceError, match="single image"):
-        MrcFile(shared_data / "mrc" / "float16.mrc")
+        open_mrc(shared_data / "mrc" / "float16.mrc")
 
 
 def test_a_stack_of_volumes_is_refused(tmp_path: Path) -> None:
     with mrcfile.new(tmp_path / "a.mrc") as file:
         file.set_data(np.zeros((2, 3, 5, 4), "f4"))
     with pytest.raises(SourceError, match=r"stack of volumes .space group 401, 6 sections in volumes of 3"):
-        MrcFile(tmp_path / "a.mrc")
+        open_mrc(tmp_path / "a.mrc")
 
 
 @pytest.mark.parametrize(
@@ -417,7 +423,7 @@ def test_other_kinds_of_file_are_named(tmp_path: Path, start: bytes, kind: str) 
     path = tmp_path / "a.mrc"
     path.write_bytes(start + b"\xff" * 2000)
     with pytest.raises(SourceError, match=f"is an? {kind}"):
-        MrcFile(path)
+        open_mrc(path)
 
 
 @pytest.mark.parametrize(
@@ -431,7 +437,7 @@ def test_other_kinds_of_file_are_named(tmp_path: Path, start: bytes, kind: str) 
 )
 def test_no_voxel_size_is_none(tmp_path: Path, cell: Any, sampling: Any) -> None:
     assert (
-        MrcFile(write_mrc(tmp_path / "a.mrc", ramp(), cell=cell, sampling=sampling)).header.voxel_sizes
+        open_mrc(write_mrc(tmp_path / "a.mrc", ramp(), cell=cell, sampling=sampling)).header.voxel_sizes
         is None
     )
 
@@ -440,15 +446,15 @@ def test_nan_and_infinity_come_back_as_they_are(tmp_path: Path) -> None:
     voxels = ramp()
     voxels[0, 0, :3] = np.nan, np.inf, -np.inf
     path = write_mrc(tmp_path / "a.mrc", voxels, stated=(0, 1, 0.5))
-    np.testing.assert_array_equal(MrcFile(path).read(ALL), voxels)
+    np.testing.assert_array_equal(open_mrc(path).read(ALL), voxels)
 
 
 def test_two_writes_of_one_name_have_two_identities(tmp_path: Path) -> None:
     path = write_mrc(tmp_path / "a.mrc", ramp())
-    first = MrcFile(path).identity()
-    assert first == MrcFile(path).identity()
+    first = open_mrc(path).identity()
+    assert first == open_mrc(path).identity()
     os.utime(path, ns=(1, 1))
-    assert MrcFile(path).identity() != first
+    assert open_mrc(path).identity() != first
 
 
 @settings(max_examples=300, deadline=None)
@@ -492,7 +498,7 @@ def test_any_file_is_read_or_refused(tmp_path_factory: pytest.TempPathFactory, d
         raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
     path.write_bytes(raw[: data.draw(st.integers(0, len(raw)))])
     try:
-        file = MrcFile(path)
+        file = open_mrc(path)
         found = file.read((slice(0, 1), slice(0, file.shape[1]), slice(0, file.shape[2])))
     except SourceError:
         return

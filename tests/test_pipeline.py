@@ -174,7 +174,7 @@ def test_a_kept_scratch_is_taken_up(tmp_path: Path) -> None:
     assert same(picks, pick(tomogram(), second, OPTIONS, scratch=tmp_path))
     assert (first.batches > 0, second.batches) == (True, 0)
     (folder,) = tmp_path.iterdir()
-    assert folder == scratch_folder(tmp_path, tomogram(), plan_pick(tomogram(), first, OPTIONS)[0])
+    assert folder == tmp_path / scratch_folder(tomogram(), plan_pick(tomogram(), first, OPTIONS)[0])
 
 
 def test_one_scratch_serves_other_options_and_thresholds(tmp_path: Path) -> None:

@@ -316,12 +316,12 @@ def test_paths_may_be_strings_paths_and_file_addresses(
         np.testing.assert_array_equal(whole(tomogram), TRUTH)
 
 
-@pytest.mark.parametrize(
-    "address", ["s3://bucket/a.zarr", "gs://b/a.mrc", "az://b/a.mrc", "https://host/a.mrc"]
-)
-def test_remote_addresses_say_that_they_are_not_read(address: str) -> None:
-    with pytest.raises(SourceError, match="object store or a web server"):
-        open_tomogram(address, storage_options={"anon": True})
+@pytest.mark.parametrize("address", ["ftp://host/a.mrc", "s4://bucket/a.zarr", "s3:///a.zarr"])
+def test_addresses_of_no_known_kind_are_refused(address: str) -> None:
+    with pytest.raises(
+        SourceError, match=rf"the address {address[:8]}.*; expected a path, or an address .* s3://"
+    ):
+        open_tomogram(address)
 
 
 @pytest.mark.parametrize("source", [None, 7, [[1.0]], b"\x00", {"a": 1}])

@@ -87,7 +87,7 @@ def heatmap_lazy(
     plan = replace(plan, group=(1, 1, 1))  # every chunk is a task of its own
     allowed = None if mask is None else open_mask(mask, tomogram.frame, grid)
     base = _own_folder() if scratch is None else Path(scratch).absolute()
-    folder = scratch_folder(base, tomogram, grid)
+    folder = base / scratch_folder(tomogram, grid)
     name = picker_name(picker, otherwise=str(uuid.uuid4()))
     negate = is_negated(picker, options)
     token = config_hash(

@@ -1,281 +1,38 @@
-"""MRC files: the header as facts, and boxes of voxels through a memory map.
+"""Boxes of voxels of an MRC file through a memory map, wherever the file lies.
 
-The reader follows the MRC2014 format (Cheng et al. 2015, J. Struct. Biol. 192, 146-150) and is
-lenient where old programs are: files without the `MAP ` identifier, without a machine stamp, with
-unsigned bytes in mode 0, or with bytes after the last voxel are read, and `remarks` says what was
-assumed. A file that could only be read by guessing at its voxels is a SourceError.
+A file with bytes after the last voxel is read, and `remarks` says so; one that is cut short is a
+SourceError.
 """
 
 from __future__ import annotations
 
 import bz2
 import gzip
-import math
 import shutil
-import socket
-import struct
 import tempfile
 import threading
 import weakref
 import zlib
-from contextlib import closing
-from dataclasses import dataclass, field
+from contextlib import contextmanager
 from functools import cached_property
-from typing import IO, TYPE_CHECKING, Any, Literal, cast
+from typing import IO, TYPE_CHECKING, Any, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from tomocpt_stream.errors import BrokenSourceError, SourceError
+from tomocpt_stream.mrc_header import HEADER_BYTES, TYPES, MrcHeader, parse_header
 from tomocpt_stream.voxels import planes
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Iterator
 
+    from tomocpt_stream.files import StoredFile
     from tomocpt_stream.frame import Box, Shape
+    from tomocpt_stream.spool import Traffic
 
-ByteOrder = Literal["<", ">"]
-
-HEADER_BYTES = 1024
-IMOD_STAMP = 1146047817
-IMOD_SIGNED_BYTES = 1
-# A longest edge far beyond any camera: what separates a size from one read in the wrong byte order.
-LONGEST_EDGE = 1 << 20
+# Bytes of a plane that are looked at to tell whether they are signed.
 SAMPLE_BYTES = 1 << 16
-
-_TYPES = {0: "i1", 1: "i2", 2: "f4", 6: "u2", 12: "f2"}
-_REFUSED = {
-    3: "complex 16-bit integers, a Fourier transform",
-    4: "complex 32-bit floats, a Fourier transform",
-    16: "RGB colours",
-    101: "4-bit integers, two voxels in a byte",
-}
-_STAMPS: dict[bytes, ByteOrder] = {b"DD": "<", b"DA": "<", b"\x11\x11": ">"}
-_OTHER_FILES = {
-    b"II*\x00": "a TIFF file",
-    b"MM\x00*": "a TIFF file",
-    b"\x89HDF": "an HDF5 file",
-    b"PK\x03\x04": "a zip archive",
-    b"\x89PNG": "a PNG image",
-}
-# Words 1-25 (sizes to extended header), 39-40 (IMOD) and 56 (labels) of the header.
-_WORDS = "3i 1i 3i 3i 3f 3f 3i 3f 1i 1i"
-
-
-@dataclass(frozen=True)
-class MrcHeader:
-    """The facts of an MRC header; nothing of it is in doubt but what `remarks` lists.
-
-    `file_shape` is (sections, rows, columns). `axes` names the axis (1 x, 2 y, 3 z) that columns,
-    rows and sections run along. `cell` (Å) and `sampling` (intervals) are x, y, z. `stated` is the
-    minimum, maximum and mean that the header states. `signed` is None where the header does not
-    tell whether bytes of mode 0 are signed.
-    """
-
-    file_shape: Shape
-    mode: int
-    byte_order: ByteOrder
-    axes: tuple[int, int, int]
-    cell: tuple[float, float, float]
-    sampling: tuple[int, int, int]
-    stated: tuple[float, float, float]
-    space_group: int
-    extended_bytes: int
-    extended_type: str
-    has_map_id: bool
-    signed: bool | None
-    labels: tuple[str, ...]
-    remarks: tuple[str, ...] = field(default=())
-
-    @property
-    def order(self) -> tuple[int, int, int]:
-        """The file axis (0 sections, 1 rows, 2 columns) along which z, y and x run."""
-        found = self.axes[::-1]
-        return (found.index(3), found.index(2), found.index(1))
-
-    @property
-    def shape(self) -> Shape:
-        """The shape as z, y, x, whatever the order of the axes in the file."""
-        z, y, x = self.order
-        return (self.file_shape[z], self.file_shape[y], self.file_shape[x])
-
-    @property
-    def voxel_sizes(self) -> tuple[float, float, float] | None:
-        """The voxel size in Å along z, y, x; None where the header states none.
-
-        Cell and sampling belong to the axes x, y, z of the cell, not to columns, rows and sections,
-        so that the order of the axes does not touch them.
-        """
-        sizes = [
-            length / count if count > 0 else 0.0
-            for length, count in zip(self.cell, self.sampling, strict=True)
-        ]
-        if not all(math.isfinite(size) and size > 0 for size in sizes):
-            return None
-        # A float32 holds seven digits: what lies beyond them is noise, and 10.52 should read 10.52.
-        x, y, z = (float(f"{size:.7g}") for size in sizes)
-        return (z, y, x)
-
-    @property
-    def data_offset(self) -> int:
-        """The byte at which the voxels start."""
-        return HEADER_BYTES + self.extended_bytes
-
-    @property
-    def data_bytes(self) -> int:
-        """The bytes that the voxels take."""
-        return math.prod(self.file_shape) * np.dtype(_TYPES[self.mode]).itemsize
-
-
-def parse_header(raw: bytes, source: str, size: int | None = None) -> MrcHeader:
-    """Return the facts in the first 1024 bytes of an MRC file.
-
-    `size` is that of the whole file in bytes, None where it is not known (a compressed file); it
-    helps to tell the byte order of a file without a machine stamp.
-
-    Raises
-    ------
-    SourceError
-        No MRC header, or one of a kind that is no tomogram: an unknown or complex mode, a single
-        image, a stack of volumes.
-    """
-    if len(raw) < HEADER_BYTES:
-        raise SourceError(
-            f"{source} holds {len(raw)} bytes",
-            expected=f"an MRC header of {HEADER_BYTES} bytes",
-            remedy="copy the file again; it is cut short or is no MRC file",
-        )
-    order, remarks = _byte_order(raw, source, size)
-    words = _words(raw, order)
-    axes = words[16:19] if sorted(words[16:19]) == [1, 2, 3] else (1, 2, 3)
-    signed, byte_remark = _signedness(raw, order, words)
-    if words[3] == 0 and byte_remark:
-        remarks.append(byte_remark)
-    (label_count,) = struct.unpack_from(f"{order}i", raw, 220)
-    labels = [raw[224 + 80 * i : 304 + 80 * i] for i in range(min(max(label_count, 0), 10))]
-    header = MrcHeader(
-        file_shape=(words[2], words[1], words[0]),
-        mode=words[3],
-        byte_order=order,
-        axes=(axes[0], axes[1], axes[2]),
-        cell=(words[10], words[11], words[12]),
-        sampling=(words[7], words[8], words[9]),
-        stated=(words[19], words[20], words[21]),
-        space_group=words[22],
-        extended_bytes=words[23],
-        extended_type=_text(raw[104:108]) if words[23] else "",
-        has_map_id=raw[208:211] == b"MAP",
-        signed=signed,
-        labels=tuple(text for text in map(_text, labels) if text),
-        remarks=tuple(remarks),
-    )
-    _check(header, source)
-    return header
-
-
-def _words(raw: bytes, order: ByteOrder) -> tuple[Any, ...]:
-    return struct.unpack_from(order + _WORDS, raw)
-
-
-def _text(raw: bytes) -> str:
-    return raw.split(b"\x00")[0].decode("ascii", errors="replace").strip()
-
-
-def _byte_order(raw: bytes, source: str, size: int | None) -> tuple[ByteOrder, list[str]]:
-    """Return the order in which the header makes sense; the stamp decides only where both do."""
-    orders: tuple[ByteOrder, ByteOrder] = ("<", ">")
-    sensible = [order for order in orders if _is_sensible(_words(raw, order))]
-    stamped = _STAMPS.get(raw[212:214])
-    if not sensible:
-        raise _no_header(raw, source, stamped or "<")
-    if stamped in sensible:
-        return stamped, []
-    if len(sensible) == 2:
-        fitting = [order for order in sensible if size is None or _bytes_needed(_words(raw, order)) <= size]
-        sensible = sorted(fitting or sensible, key=lambda order: _bytes_needed(_words(raw, order)))
-    name = "little" if sensible[0] == "<" else "big"
-    why = "no machine stamp" if stamped is None else "a machine stamp that contradicts the sizes"
-    return sensible[0], [f"the header has {why}; its sizes and mode make sense as {name}-endian"]
-
-
-def _is_sensible(words: tuple[Any, ...]) -> bool:
-    sizes, mode, axes = words[0:3], words[3], words[16:19]
-    # Files older than the axis order leave it zero.
-    return (
-        all(0 < n <= LONGEST_EDGE for n in sizes)
-        and (mode in _TYPES or mode in _REFUSED)
-        and (sorted(axes) == [1, 2, 3] or axes == (0, 0, 0))
-        and words[23] >= 0
-    )
-
-
-def _bytes_needed(words: tuple[Any, ...]) -> int:
-    itemsize = np.dtype(_TYPES.get(words[3], "u1")).itemsize
-    return int(HEADER_BYTES + words[23] + math.prod(words[0:3]) * itemsize)
-
-
-def _no_header(raw: bytes, source: str, order: ByteOrder) -> SourceError:
-    known = next((name for magic, name in _OTHER_FILES.items() if raw.startswith(magic)), None)
-    if known:
-        return SourceError(
-            f"{source} is {known}",
-            expected="an MRC file (.mrc, .rec, .map, also .gz and .bz2) or a zarr folder",
-            remedy="convert it to MRC or OME-Zarr first",
-        )
-    words = _words(raw, order)
-    return SourceError(
-        f"{source} has columns, rows, sections {words[0:3]}, mode {words[3]}, axis order {words[16:19]} and"
-        f" {words[23]} bytes of extended header where an MRC file states them",
-        expected="positive sizes, mode 0, 1, 2, 6 or 12, and an axis order made of 1, 2 and 3",
-        remedy="check that the file is an MRC file and is whole",
-    )
-
-
-def _signedness(raw: bytes, order: ByteOrder, words: tuple[Any, ...]) -> tuple[bool | None, str]:
-    """Return whether bytes of mode 0 are signed, and what was assumed to say so.
-
-    In this order: IMOD's own flag; a stated minimum below zero, or a stated maximum above 127 that
-    no signed byte reaches; MRC2014, which has them signed, where the file claims to follow it. An
-    older file that states no usable range leaves the question open.
-    """
-    stamp, flags = struct.unpack_from(f"{order}2i", raw, 152)
-    if stamp == IMOD_STAMP:
-        return bool(flags & IMOD_SIGNED_BYTES), ""
-    low, high, mean = words[19:22]
-    if -128 <= low <= mean <= high <= 255 and low < high:
-        if low < 0:
-            return True, ""
-        if high > 127:
-            return False, f"bytes of mode 0 are read as unsigned, as the header states a maximum of {high:g}"
-        return True, ""
-    if raw[208:211] == b"MAP":
-        return True, ""
-    return (
-        None,
-        "the header does not say whether bytes are signed; the reading with the smaller spread is taken",
-    )
-
-
-def _check(header: MrcHeader, source: str) -> None:
-    if header.mode in _REFUSED:
-        raise SourceError(
-            f"{source} has mode {header.mode} ({_REFUSED[header.mode]})",
-            expected="a volume of real numbers: mode 0, 1, 2, 6 or 12",
-            remedy="convert it, for instance with `newstack -mode 2`",
-        )
-    if 401 <= header.space_group <= 630:
-        raise SourceError(
-            f"{source} is a stack of volumes (space group {header.space_group}, {header.file_shape[0]}"
-            f" sections in volumes of {header.sampling[2]})",
-            expected="one volume in a file",
-            remedy="write each volume of the stack to a file of its own",
-        )
-    if min(header.file_shape) == 1:
-        raise SourceError(
-            f"{source} is a single image: columns, rows, sections {header.file_shape[::-1]}",
-            expected="a volume with more than one voxel along every axis",
-            remedy="pass the reconstructed tomogram",
-        )
 
 
 class MrcFile:
@@ -286,14 +43,12 @@ class MrcFile:
     compressed file is unpacked once, at the first read, into a nameless temporary file.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.compression, raw = _head(path)
-        status = path.stat()
-        self.file_bytes, self.mtime_ns = status.st_size, status.st_mtime_ns
-        self.header = parse_header(raw, str(path), None if self.compression else self.file_bytes)
+    def __init__(self, file: StoredFile) -> None:
+        self.file = file
+        self.compression, raw = _head(file)
+        self.header = parse_header(raw, str(file), None if self.compression else file.size)
         if not self.compression:
-            _check_length(path, self.header, self.file_bytes)
+            _check_length(file, self.header, file.size)
         self._unpacked: IO[bytes] | None = None
         self._lock = threading.Lock()
 
@@ -316,7 +71,7 @@ class MrcFile:
         header = self.header
         if header.mode == 0 and not (self._bytes_are_signed() if header.signed is None else header.signed):
             return np.dtype("u1")
-        return np.dtype(header.byte_order + _TYPES[header.mode])
+        return np.dtype(header.byte_order + TYPES[header.mode])
 
     @property
     def chunks(self) -> Shape:
@@ -330,11 +85,16 @@ class MrcFile:
         """True: path and header are all that is pickled."""
         return True
 
+    @property
+    def traffic(self) -> Traffic | None:
+        """What this process has asked a remote store for; None for a local source."""
+        return self.file.traffic
+
     def read(self, box: Box) -> npt.NDArray[np.float32]:
         """Return the voxels of a box (z, y, x) as a float32 array of its own."""
         order = self.header.order
         lies = [box[order.index(axis)] for axis in range(3)]
-        sections = self._map(lies[0].start, lies[0].stop, self.dtype)
+        sections = self._map(lies[0].start, lies[0].stop, self.dtype, lies[1])
         return np.array(sections[:, lies[1], lies[2]].transpose(order), dtype=np.float32, order="C")
 
     def facts(self) -> dict[str, Any]:
@@ -357,25 +117,16 @@ class MrcFile:
 
     def identity(self) -> dict[str, Any]:
         """Return what tells this file from another of the same name."""
-        return {"bytes": self.file_bytes, "mtime_ns": self.mtime_ns}
+        return self.file.identity()
 
     def confirm(self) -> None:
-        """Raise a SourceError where no file of the same length has this path on this machine."""
-        try:
-            found = f"a file of {self.path.stat().st_size} bytes"
-        except OSError as error:
-            found = f"no file ({error})"
-        if found != f"a file of {self.file_bytes} bytes":
-            raise BrokenSourceError(
-                f"{socket.gethostname()} finds {found} at {self.path}",
-                expected=f"the file of {self.file_bytes} bytes that was opened",
-                remedy="put it on a file system that all machines share, and leave it as it is until the end",
-            )
+        """Raise a SourceError where the file is not seen from here as it was when it was opened."""
+        self.file.confirm()
 
     def remarks(self) -> list[str]:
         """Return what a careful reader of the header would want to know."""
         header, found = self.header, list(self.header.remarks)
-        extra = self.file_bytes - header.data_offset - header.data_bytes
+        extra = self.file.size - header.data_offset - header.data_bytes
         if not self.compression and extra > 0:
             found.append(f"{extra} bytes after the last voxel are ignored")
         if header.space_group == 0 and header.sampling[2] == 1:
@@ -391,22 +142,23 @@ class MrcFile:
         two ends of the range.
         """
         sections, rows, columns = self.header.file_shape
-        middle = self._map(sections // 2, sections // 2 + 1, np.dtype("i1"))[0]
+        middle = self._map(sections // 2, sections // 2 + 1, np.dtype("i1"), slice(0, rows))[0]
         some = np.ascontiguousarray(middle[:: max(1, rows * columns // SAMPLE_BYTES)])
         spreads = [float(np.std(some.view(kind), dtype=np.float64)) for kind in ("i1", "u1")]
         # Equal where no value is below 128 or none above: old programs scaled to 0 to 255.
         return spreads[0] < spreads[1] * (1 - 1e-6)
 
-    def _map(self, start: int, stop: int, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
-        _, rows, columns = self.header.file_shape
-        offset = self.header.data_offset + start * rows * columns * dtype.itemsize
-        shape = (stop - start, rows, columns)
+    def _map(self, start: int, stop: int, dtype: np.dtype[Any], rows: slice) -> npt.NDArray[Any]:
+        """Return whole sections, of which only the `rows` will be looked at."""
+        _, height, columns = self.header.file_shape
+        offset = self.header.data_offset + start * height * columns * dtype.itemsize
+        shape = (stop - start, height, columns)
         try:
             if not self.compression:
-                return np.memmap(self.path, dtype, "r", offset, shape)
+                return self.file.map(offset, dtype, shape, rows)
             with self._lock:
                 if self._unpacked is None:
-                    self._unpacked = _unpack(self.path, self.compression, self.header)
+                    self._unpacked = _unpack(self.file, self.compression, self.header)
                     weakref.finalize(self, self._unpacked.close)
                 return np.memmap(cast("Any", self._unpacked), dtype, "r", offset, shape)
         except (OSError, ValueError) as error:
@@ -414,7 +166,7 @@ class MrcFile:
                 raise
             gone = isinstance(error, FileNotFoundError | ValueError)  # a file cut short is a ValueError
             raise (BrokenSourceError if gone else SourceError)(
-                f"sections {start} to {stop} of {self.path} cannot be read ({error})",
+                f"sections {start} to {stop} of {self.file} cannot be read ({error})",
                 expected=f"the {self.header.data_bytes} bytes of voxels that were there when it was opened",
                 remedy="check that the file was not moved, replaced or cut short meanwhile",
             ) from error
@@ -423,53 +175,57 @@ class MrcFile:
 _MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2"}
 
 
-def _stream(path: Path, compression: str) -> IO[bytes]:
-    if compression == "gzip":
-        return cast("IO[bytes]", gzip.open(path, "rb"))
-    if compression == "bzip2":
-        return cast("IO[bytes]", bz2.open(path, "rb"))
-    return path.open("rb")
+@contextmanager
+def _opened(file: StoredFile, compression: str) -> Iterator[IO[bytes]]:
+    """Give the contents of a file, unpacked."""
+    with file.stream() as stored:
+        if compression == "gzip":
+            yield cast("IO[bytes]", gzip.GzipFile(fileobj=stored))
+        elif compression == "bzip2":
+            yield cast("IO[bytes]", bz2.BZ2File(stored))
+        else:
+            yield stored
 
 
-def _head(path: Path) -> tuple[str, bytes]:
+def _head(file: StoredFile) -> tuple[str, bytes]:
     """Return the compression and the first 1024 bytes; the contents decide, not the suffix."""
     try:
-        with path.open("rb") as file:
-            magic = file.read(3)
+        with file.stream() as stored:
+            magic = stored.read(3)
         compression = next((name for start, name in _MAGIC.items() if magic.startswith(start)), "")
-        with closing(_stream(path, compression)) as stream:
+        with _opened(file, compression) as stream:
             return compression, stream.read(HEADER_BYTES)
     except (OSError, EOFError, zlib.error) as error:
         raise SourceError(
-            f"{path} cannot be read ({error})",
+            f"{file} cannot be read ({error})",
             expected="an MRC file (.mrc, .rec, .map, also .gz and .bz2)",
             remedy="check its name and permissions, and that it was copied whole",
         ) from error
 
 
-def _check_length(path: Path, header: MrcHeader, found: int) -> None:
+def _check_length(file: StoredFile, header: MrcHeader, found: int) -> None:
     needed = header.data_offset + header.data_bytes
     if found < needed:
         raise BrokenSourceError(
-            f"{path} is truncated: it holds {found} bytes",
+            f"{file} is truncated: it holds {found} bytes",
             expected=f"{needed} bytes: {' x '.join(map(str, header.file_shape[::-1]))} voxels of mode"
             f" {header.mode} after {header.data_offset} bytes of header",
             remedy="copy or write the file again",
         )
 
 
-def _unpack(path: Path, compression: str, header: MrcHeader) -> IO[bytes]:
+def _unpack(file: StoredFile, compression: str, header: MrcHeader) -> IO[bytes]:
     """Return an open temporary file, without a name, that holds the unpacked file."""
     target = cast("IO[bytes]", tempfile.TemporaryFile(prefix="tomocpt_stream"))  # noqa: SIM115
     try:
-        with closing(_stream(path, compression)) as stream:
+        with _opened(file, compression) as stream:
             shutil.copyfileobj(stream, target, 4 << 20)
         target.flush()
-        _check_length(path, header, target.tell())
+        _check_length(file, header, target.tell())
     except (OSError, EOFError, zlib.error) as error:
         target.close()
         raise BrokenSourceError(  # a second try would take as long
-            f"{path} cannot be unpacked ({error})",
+            f"{file} cannot be unpacked ({error})",
             expected=f"{header.data_offset + header.data_bytes} bytes of {compression}-compressed MRC file",
             remedy=f"copy the file again, or make room in the temporary folder {tempfile.gettempdir()}",
         ) from error

@@ -7,6 +7,7 @@ OME-Zarr metadata of versions 0.4 and 0.5 is read (https://ngff.openmicroscopy.o
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,7 +16,9 @@ import zarr
 from zarr.core.sync import sync
 
 from tomocpt_stream.errors import SourceError
+from tomocpt_stream.patience import PatientStore
 from tomocpt_stream.receipts import read_json
+from tomocpt_stream.remote import ForbiddenError
 from tomocpt_stream.voxels import check_dtype
 from tomocpt_stream.zarrays import Missing, ZarrVoxels
 
@@ -45,13 +48,15 @@ class Place:
     """Where the array that is read lies in its file; all z, y, x.
 
     `file_shape` and `voxel_sizes` (Å, None where the file states none) are those of level 0. Index
-    i of the array is index `i * scale + shift` of level 0.
+    i of the array is index `i * scale + shift` of level 0. `levels` is how much coarser than level 0
+    each level is, along the axis where it is most; empty where that is not stated.
     """
 
     file_shape: Shape
     voxel_sizes: Triple | None = None
     scale: Triple = (1.0, 1.0, 1.0)
     shift: Triple = (0.0, 0.0, 0.0)
+    levels: tuple[float, ...] = ()
 
 
 def open_zarr(
@@ -65,6 +70,7 @@ def open_zarr(
         Neither an array nor an OME-Zarr group with that level, more than one time or channel, no
         z axis, or values that are not real numbers.
     """
+    store = PatientStore(store, SourceError)
     node = _node(store, path, address)
     if node is None:
         raise _nothing_there(store, path, address)
@@ -132,13 +138,25 @@ def _join(*parts: str) -> str:
 
 def _node(store: Store, path: str, address: str) -> _Node | None:
     """Return what lies at a path by asking for the four metadata objects by name."""
+    refused: ForbiddenError | None = None
+
+    def ask(name: str) -> dict[str, Any] | None:
+        nonlocal refused
+        try:
+            return read_json(store, _join(path, name))
+        except ForbiddenError as error:  # so does a store that may not be listed answer for what it has not
+            refused = error
+            return None
+
     try:
-        found = read_json(store, _join(path, "zarr.json"))
+        found = ask("zarr.json")
         if found is not None:
             return _Node(3, found.get("node_type") == "array", dict(found.get("attributes") or {}))
-        is_array = read_json(store, _join(path, ".zarray")) is not None
-        attributes = read_json(store, _join(path, ".zattrs"))
-        is_group = read_json(store, _join(path, ".zgroup")) is not None
+        is_array = ask(".zarray") is not None
+        attributes = ask(".zattrs")
+        is_group = is_array or ask(".zgroup") is not None
+    except SourceError:
+        raise
     except (OSError, ValueError, TypeError) as error:
         raise SourceError(
             f"the metadata of {address} cannot be read ({error})",
@@ -146,6 +164,8 @@ def _node(store: Store, path: str, address: str) -> _Node | None:
             remedy="copy the metadata again",
         ) from error
     if not is_array and not is_group and attributes is None:
+        if refused is not None:
+            raise refused
         return None
     return _Node(2, is_array, attributes or {})
 
@@ -165,7 +185,9 @@ def _array(store: Store, path: str, form: Literal[2, 3], address: str) -> zarr.A
 
 def _nothing_there(store: Store, path: str, address: str) -> SourceError:
     """Return the error that names the children of a folder that is not a tomogram itself."""
-    children = sorted(sync(_children(store, path)))[:MOST_CHILDREN]
+    children: list[str] = []
+    with suppress(Exception):  # a web server, or a bucket that may not be listed
+        children = sorted(sync(_children(store, path)))[:MOST_CHILDREN]
     inside = [name for name in children if _node(store, _join(path, name), address) is not None]
     kind = "no OME-Zarr image" if inside else "neither a zarr array nor a zarr group"
     return SourceError(
@@ -281,7 +303,22 @@ def _place(image: _Image, level: int, first: ZarrVoxels, voxels: ZarrVoxels) -> 
         shifts = [(here.translation[axis] - origin[axis]) / zero.scale[axis] for axis in order]
     else:
         shifts = [(f - 1.0) / 2.0 for f in factors]
-    return Place(first.shape, _voxel_sizes(image, order), _triple(factors), _triple(shifts))
+    levels = [_coarseness(zero, one, order) for one in image.levels]
+    known = tuple(level for level in levels if level is not None)
+    return Place(
+        first.shape,
+        _voxel_sizes(image, order),
+        _triple(factors),
+        _triple(shifts),
+        known if len(known) == len(levels) else (),
+    )
+
+
+def _coarseness(zero: _Level, level: _Level, order: Shape) -> float | None:
+    """Return how much coarser a level is than level 0 along the axis where it is most."""
+    if zero.scale is None or level.scale is None:
+        return None
+    return max(level.scale[axis] / zero.scale[axis] for axis in order)
 
 
 def _voxel_sizes(image: _Image, order: Shape) -> Triple | None:

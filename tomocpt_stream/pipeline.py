@@ -18,7 +18,8 @@ from tomocpt_stream.heatmap import PickOptions, Scorer, predict
 from tomocpt_stream.mask import MaskLike, open_mask
 from tomocpt_stream.peaks import find_peaks
 from tomocpt_stream.progress import Progress, silent
-from tomocpt_stream.receipts import config_hash
+from tomocpt_stream.receipts import config_hash, within
+from tomocpt_stream.remote import is_remote
 from tomocpt_stream.volume import ingest
 
 if TYPE_CHECKING:
@@ -69,23 +70,24 @@ def pick(  # noqa: PLR0913  (the public signature of the design)
     CheckpointError
         What an earlier run left is not of this tomogram and picker, or is damaged.
     """
+    tomogram = level_for(tomogram, picker, options)
     grid, plan = _plan_for(client, tomogram, picker, options, memory)
     with ExitStack() as stack:
         if scratch is None:
             _refuse_distant(client)
             scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="tomocpt-stream-"))
-        folder = scratch_folder(Path(scratch), tomogram, grid)
-        volume = ingest(
-            tomogram, folder / VOLUME, voxel_size=grid.voxel_size, client=client, progress=progress
-        )
+        folder = within(scratch, scratch_folder(tomogram, grid))
         if keep_heatmap is None and getattr(picker, "fingerprint", None) is None:
-            # nothing says that the next picker is this one, so that its map would only be in the way
-            keep_heatmap = stack.enter_context(tempfile.TemporaryDirectory(prefix="heatmap-", dir=folder))
+            # Nothing says that the next picker is this one, so that its map would only be in the way.
+            keep_heatmap = stack.enter_context(_passing_folder(folder))
+        volume = ingest(
+            tomogram, within(folder, VOLUME), voxel_size=grid.voxel_size, client=client, progress=progress
+        )
         heatmap = predict(
             volume,
             picker,
             plan,
-            store=keep_heatmap or folder / _map_name(picker, options, tomogram, grid, mask),
+            store=keep_heatmap or within(folder, _map_name(picker, options, tomogram, grid, mask)),
             options=options,
             mask=mask,
             client=client,
@@ -132,6 +134,13 @@ def _refuse_distant(client: Any) -> None:
             expected="a folder that all workers see",
             remedy="pass scratch",
         )
+
+
+def level_for(tomogram: Tomogram, picker: Scorer, options: PickOptions) -> Tomogram:
+    """Return a tomogram at the level that `pick` reads."""
+    if options.level == "given":
+        return tomogram
+    return tomogram.coarsest(options.diameter / (2 * picker.particle_radius) * (1 + KEEP_GRID_WITHIN))
 
 
 def plan_pick(
@@ -189,10 +198,22 @@ def safe_name(name: str) -> str:
     return plain.encode()[:120].decode(errors="ignore") or "tomogram"
 
 
-def scratch_folder(scratch: Path, tomogram: Tomogram, grid: Grid) -> Path:
-    """Return the folder of a tomogram on a working grid; another source or grid has another one."""
+def scratch_folder(tomogram: Tomogram, grid: Grid) -> str:
+    """Return the name of a tomogram's folder on a working grid; another source or grid has another one."""
     key = config_hash({"source": tomogram.fingerprint, "grid": grid.to_json()})
-    return scratch / f"{safe_name(tomogram.name)}-{key[:12]}"
+    return f"{safe_name(tomogram.name)}-{key[:12]}"
+
+
+def _passing_folder(folder: str) -> tempfile.TemporaryDirectory[str]:
+    """Return a folder for a map that nobody can use again."""
+    if is_remote(folder):
+        raise PlanError(
+            "a picker without a fingerprint, and scratch on an object store",
+            expected="a place from which its map is deleted afterwards",
+            remedy="pass keep_heatmap, or a folder on a disk as scratch",
+        )
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    return tempfile.TemporaryDirectory(prefix="heatmap-", dir=folder)
 
 
 def _map_name(

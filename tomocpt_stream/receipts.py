@@ -22,6 +22,7 @@ from zarr.core.sync import sync
 from zarr.storage import LocalStore
 
 from tomocpt_stream.errors import CheckpointError
+from tomocpt_stream.remote import connect, is_remote
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Container, Iterable, Iterator, Sequence
@@ -37,9 +38,11 @@ LITTER_AGE = 60  # seconds after which a temporary file has no writer any more
 
 
 def as_store(store: StoreLike) -> Store:
-    """Return a zarr store: a path becomes a local one, a store stays what it is."""
+    """Return a zarr store: a path becomes a local one, an address a remote one, a store stays what it is."""
     if isinstance(store, Store):
         return store
+    if isinstance(store, str) and is_remote(store):
+        return connect(store, read_only=False)
     path = Path(store).absolute()  # what is opened here may be read in a process with another folder
     if path.exists() and not path.is_dir():
         raise CheckpointError(
@@ -48,6 +51,17 @@ def as_store(store: StoreLike) -> Store:
             remedy="give another path",
         )
     return LocalStore(path)
+
+
+def is_absent(store: StoreLike) -> bool:
+    """Return whether a path is no folder: opening it as a store would make one."""
+    return isinstance(store, str | Path) and not is_remote(str(store)) and not Path(store).is_dir()
+
+
+def within(folder: str | Path, name: str) -> str:
+    """Return the path, or the address, of something in a folder."""
+    text = str(folder)
+    return f"{text.rstrip('/')}/{name}" if is_remote(text) else str(Path(text) / name)
 
 
 def config_hash(config: dict[str, Any]) -> str:

@@ -7,9 +7,9 @@ import operator
 import os
 import sys
 import warnings
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 from uuid import uuid4
@@ -20,23 +20,33 @@ import zarr
 from zarr.storage import LocalStore
 
 from tomocpt_stream.errors import SourceError
+from tomocpt_stream.files import LocalFile, RemoteFile
 from tomocpt_stream.frame import Box, Frame, Shape
 from tomocpt_stream.mrc import MrcFile
 from tomocpt_stream.omezarr import Place, as_voxels, open_zarr
+from tomocpt_stream.portal_records import TomogramRecord
+from tomocpt_stream.remote import connect, is_remote, parent
+from tomocpt_stream.spool import LIMIT, SpooledStore, Traffic
+from tomocpt_stream.voxel_sizes import ANISOTROPY, contradictions, given_size, stated_size
 from tomocpt_stream.voxels import ArrayVoxels, DaskVoxels, Voxels
 from tomocpt_stream.zarrays import Missing, address_of
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     import dask.array as da  # noqa: TID251
 
 BeamAxis = Literal["z", "y"]
 
-SUFFIXES = (".gz", ".bz2", ".mrc", ".mrcs", ".rec", ".map", ".st", ".zarr", ".ome")
-ANISOTROPY = 0.01
-# What a header may claim, in Å: beyond it the number is a leftover of a program that filled nothing in.
-BELIEVABLE = (0.01, 1e5)
+MRC_SUFFIXES = (".gz", ".bz2", ".mrc", ".mrcs", ".rec", ".map", ".st")
+SUFFIXES = (*MRC_SUFFIXES, ".zarr", ".ome")
+
+
+class Levels(NamedTuple):
+    """How much coarser than level 0 each level of a source is, and how another one is opened."""
+
+    factors: tuple[float, ...]
+    reopen: Callable[[int], Tomogram]
 
 
 class Tomogram:
@@ -57,6 +67,7 @@ class Tomogram:
         source: str,
         level: int = 0,
         notes: tuple[str, ...] = (),
+        levels: Levels | None = None,
     ) -> None:
         self.name = name
         self.source = source
@@ -64,6 +75,7 @@ class Tomogram:
         self.level = level
         self._voxels = voxels
         self._notes = notes
+        self._levels = levels
 
     def __repr__(self) -> str:
         size = f"{self.voxel_size:g}"
@@ -100,6 +112,11 @@ class Tomogram:
         """Whether pickling takes the address along and no voxel, so that any process can read for itself."""
         return self._voxels.travels
 
+    @property
+    def traffic(self) -> Traffic | None:
+        """The requests and bytes that this process has asked a remote store for; None for a local source."""
+        return self._voxels.traffic
+
     @cached_property
     def fingerprint(self) -> dict[str, Any]:
         """Plain data that are equal only for the same voxels read in the same way."""
@@ -133,6 +150,15 @@ class Tomogram:
         depth = self._voxels.shape[0]
         found = self._voxels.read((slice(depth - y.stop, depth - y.start), z, x))
         return np.ascontiguousarray(found[::-1].transpose(1, 0, 2))
+
+    def coarsest(self, voxel_size: float) -> Tomogram:
+        """Return the coarsest level with voxels of at most `voxel_size` Å; this one if none is coarser."""
+        if self._levels is None:
+            return self
+        sizes = [self.frame.file_voxel_size * factor for factor in self._levels.factors]
+        fine = [level for level, size in enumerate(sizes) if size <= voxel_size * (1 + 1e-6)]
+        best = max(fine, key=lambda level: sizes[level], default=self.level)
+        return self if best == self.level or sizes[best] <= self.voxel_size else self._levels.reopen(best)
 
     def confirm(self) -> None:
         """Raise a SourceError where the source is not here as it was when it was opened.
@@ -204,8 +230,12 @@ def open_tomogram(
     Parameters
     ----------
     source
-        Path of an MRC file (.mrc, .rec, .map, also .gz and .bz2), a zarr array or an OME-Zarr group
-        (format 2 or 3); a numpy, dask or zarr array with axes z, y, x.
+        Path or address (s3://, gs://, az://, https://, file://) of an MRC file (.mrc, .rec, .map, also
+        .gz and .bz2), a zarr array or an OME-Zarr group (format 2 or 3); a numpy, dask or zarr array
+        with axes z, y, x; a record of the portal, whose voxel size wins over the header's. Addresses
+        are read by obstore, of an MRC file only the bytes that are asked
+        for; what else zarr can open (over fsspec, say) is passed as the zarr array. What was fetched is
+        kept in a nameless file in the temporary folder (TMPDIR) for as long as the tomogram is there.
     voxel_size
         Å, of the file's level 0; it wins over what the header states, and must be given for arrays.
     level
@@ -218,7 +248,9 @@ def open_tomogram(
     missing
         "error", or "fill" to read absent zarr chunks as the array's fill value.
     storage_options
-        For object stores.
+        For addresses: credentials, `endpoint`, `region`, `skip_signature` (see `remote.connect`), and
+        `cache_bytes`, the room on the local disk for what was fetched (16 GiB; 0 for none). What they
+        leave open comes from the environment; the portal's bucket needs none.
 
     Raises
     ------
@@ -231,19 +263,63 @@ def open_tomogram(
             expected='beam_axis "z" or "y", and missing "error" or "fill"',
             remedy="pass one of these",
         )
-    del storage_options  # a local source needs none
-    voxels, place, address, default_name = _open(source, level, missing)
+    record = source if isinstance(source, TomogramRecord) else None
+    if record is not None:
+        voxel_size, name = voxel_size or record.voxel_spacing, name or record.name
+        source = _address_of(record)
+    voxels, place, address, default_name = _open(source, level, missing, storage_options)
+    if record is not None:
+        for note in contradictions(record, place.voxel_sizes, place.file_shape):
+            warnings.warn(f"{address}: {note}", UserWarning, stacklevel=2)
     if voxel_size is None:
-        size, notes = _stated_size(place.voxel_sizes, address)
+        size, notes = stated_size(place.voxel_sizes, address)
         for note in notes:
             warnings.warn(f"{address}: {note}", UserWarning, stacklevel=2)
     else:
-        size, notes = _given_size(voxel_size, place.voxel_sizes, address)
+        size, notes = given_size(voxel_size, place.voxel_sizes, address)
     frame = _frame(voxels.shape, place, size, beam_axis, address)
-    return Tomogram(voxels, frame, name=name or default_name, source=address, level=level, notes=notes)
+    reopen = partial(
+        _another_level,
+        source,
+        voxel_size=voxel_size,
+        name=name,
+        beam_axis=beam_axis,
+        missing=missing,
+        storage_options=storage_options,
+    )
+    return Tomogram(
+        voxels,
+        frame,
+        name=name or default_name,
+        source=address,
+        level=level,
+        notes=notes,
+        levels=Levels(place.levels, reopen) if len(place.levels) > 1 else None,
+    )
 
 
-def _open(source: object, level: int, missing: Missing) -> tuple[Voxels, Place, str, str]:
+def _address_of(record: TomogramRecord) -> str:
+    if record.source is None:
+        raise SourceError(
+            f"the portal has no file of tomogram {record.id} ({record.name})",
+            expected="an OME-Zarr or an MRC file",
+            remedy="leave it out",
+        )
+    return record.source
+
+
+def _another_level(source: object, level: int, **options: Any) -> Tomogram:
+    """Return a tomogram at another level; what there was to warn of was said when it was opened."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        return open_tomogram(source, level=level, **options)
+
+
+def _open(
+    source: object, level: int, missing: Missing, options: Mapping[str, Any] | None
+) -> tuple[Voxels, Place, str, str]:
+    if isinstance(source, str) and is_remote(source):
+        return _open_address(source.rstrip("/"), level, missing, options)
     if isinstance(source, str | os.PathLike):
         return _open_path(_local_path(os.fspath(source)), level, missing)
     voxels: Voxels
@@ -274,21 +350,31 @@ def _open_path(path: Path, level: int, missing: Missing) -> tuple[Voxels, Place,
             f"there is no file {address}", expected="a tomogram", remedy="check the path and its spelling"
         )
     _refuse_level(level, address)
-    file = MrcFile(path)
+    file = MrcFile(LocalFile(path))
+    return file, Place(file.shape, file.header.voxel_sizes), address, name
+
+
+def _open_address(
+    address: str, level: int, missing: Missing, options: Mapping[str, Any] | None
+) -> tuple[Voxels, Place, str, str]:
+    """Open what lies on an object store or a web server; the suffix tells an MRC file from a zarr group."""
+    folder, last = parent(address)
+    chosen = dict(options or {})
+    limit = int(chosen.pop("cache_bytes", LIMIT))
+    name = _name(Path(urlsplit(address).path))
+    if Path(last).suffix.lower() not in MRC_SUFFIXES:
+        store = SpooledStore(connect(address, chosen), limit)
+        voxels, place = open_zarr(store, "", level, missing, address)
+        return voxels, place, address, name
+    _refuse_level(level, address)
+    file = MrcFile(RemoteFile(connect(folder, chosen), last))
     return file, Place(file.shape, file.header.voxel_sizes), address, name
 
 
 def _local_path(source: str | bytes) -> Path:
     text = os.fsdecode(source)
     if "://" in text:
-        parts = urlsplit(text)
-        if parts.scheme != "file":
-            raise SourceError(
-                f"{text} is an address of an object store or a web server",
-                expected="a local path or a file:// address",
-                remedy="copy or mount the tomogram first; remote addresses are not read yet",
-            )
-        text = url2pathname(parts.path)
+        text = url2pathname(urlsplit(text).path)
     return Path(text).expanduser().resolve()
 
 
@@ -313,50 +399,6 @@ def _refuse_level(level: int, address: str) -> None:
         raise SourceError(
             f"{address} has no level {level}", expected="level 0, the only one", remedy="leave level out"
         )
-
-
-def _given_size(
-    voxel_size: float, stated: tuple[float, float, float] | None, address: str
-) -> tuple[float, tuple[str, ...]]:
-    """Return the voxel size that the caller gives, and a note where the header states another."""
-    size = float(voxel_size)
-    if not (math.isfinite(size) and size > 0):
-        raise SourceError(
-            f"voxel_size for {address} is {voxel_size}",
-            expected="a positive length in Å",
-            remedy="pass it in Å",
-        )
-    if stated is None or all(abs(one / size - 1) <= ANISOTROPY for one in stated):
-        return size, ()
-    z, y, x = stated
-    return size, (
-        f"the header states voxel sizes of {z:g}, {y:g}, {x:g} Å (z, y, x); {size:g} Å as given is used",
-    )
-
-
-def _stated_size(stated: tuple[float, float, float] | None, address: str) -> tuple[float, tuple[str, ...]]:
-    """Return the voxel size that a header states, if it is one number and can be believed."""
-    low, high = BELIEVABLE
-    if stated is None or not all(low <= size <= high for size in stated):
-        raise SourceError(
-            f"{address} states no voxel size in a unit of length"
-            + (f" ({stated}, z, y, x)" if stated else ""),
-            expected=f"one between {low:g} and {high:g} Å",
-            remedy="pass voxel_size in Å",
-        )
-    if max(stated) / min(stated) - 1 > ANISOTROPY:
-        raise SourceError(
-            f"{address} states voxel sizes of {stated[0]:g}, {stated[1]:g}, {stated[2]:g} Å along z, y, x",
-            expected=f"one voxel size, within {ANISOTROPY:.0%}, along all axes",
-            remedy="pass voxel_size in Å if the voxels are cubes, else resample the tomogram",
-        )
-    size = float(f"{math.fsum(stated) / 3:.7g}")
-    if size != 1.0:
-        return size, ()
-    return size, (
-        "the header states a voxel size of exactly 1 Å, which many programs write when they do not know it;"
-        " pass voxel_size in Å to be sure",
-    )
 
 
 def _frame(shape: Shape, place: Place, size: float, beam_axis: BeamAxis, address: str) -> Frame:

@@ -13,7 +13,6 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice, product
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,7 +22,15 @@ from tomocpt_stream.dispatch import run_jobs
 from tomocpt_stream.errors import CheckpointError
 from tomocpt_stream.peaks import CANDIDATE
 from tomocpt_stream.progress import Progress, WorkerProgress, silent, total
-from tomocpt_stream.receipts import Receipts, StoreLike, as_store, config_hash, read_bytes, read_json
+from tomocpt_stream.receipts import (
+    Receipts,
+    StoreLike,
+    as_store,
+    config_hash,
+    is_absent,
+    read_bytes,
+    read_json,
+)
 from tomocpt_stream.scoremap import SEAMS
 from tomocpt_stream.scoring import SCORED
 from tomocpt_stream.stages import Job, Stage
@@ -363,7 +370,7 @@ def _chunk_bytes(opened: Stored) -> int:
 
 def _existing(store: StoreLike) -> Store:
     """Return a store; opening a folder that is not there would make it."""
-    if isinstance(store, str | Path) and not Path(store).is_dir():
+    if is_absent(store):
         raise CheckpointError(
             f"there is no folder {store}",
             expected="a store that `ingest` or `predict` wrote",

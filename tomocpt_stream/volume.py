@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import zarr
@@ -25,7 +24,14 @@ from tomocpt_stream.intake import Intake
 from tomocpt_stream.memory import return_freed_memory
 from tomocpt_stream.patience import PatientStore
 from tomocpt_stream.progress import Progress, silent
-from tomocpt_stream.receipts import as_store, claim_group, config_hash, delete_litter, read_json
+from tomocpt_stream.receipts import (
+    as_store,
+    claim_group,
+    config_hash,
+    delete_litter,
+    is_absent,
+    read_json,
+)
 from tomocpt_stream.stored import checked
 from tomocpt_stream.tiles import CHUNK
 from tomocpt_stream.voxels import shared
@@ -152,7 +158,7 @@ def open_volume(store: StoreLike) -> Volume:
     CheckpointError
         There is no volume in the store, or it is not finished.
     """
-    if not isinstance(store, str | Path) or Path(store).is_dir():
+    if not is_absent(store):
         target = as_store(store)
         attributes = _attributes(PatientStore(target))
         if attributes is not None and "percentiles" in attributes:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from zarr.abc.store import Store
 
     from tomocpt_stream.frame import Box, Shape
+    from tomocpt_stream.spool import Traffic
 
 PLANE_BYTES = 32 << 20
 SAMPLE_EDGE = 32
@@ -40,6 +41,10 @@ class Voxels(Protocol):
     @property
     def travels(self) -> bool:
         """Whether pickling takes the address along and no voxel."""
+
+    @property
+    def traffic(self) -> Traffic | None:
+        """What this process has asked a remote store for; None for a local source."""
 
     def read(self, box: Box) -> npt.NDArray[np.float32]:
         """Return the voxels of a box inside the volume as a C-contiguous array of its own."""
@@ -128,6 +133,7 @@ class ArrayVoxels:
     """The voxels of a numpy array."""
 
     kind = "numpy array"
+    traffic: Traffic | None = None
 
     def __init__(self, array: Any) -> None:
         if array.ndim != 3 or 0 in array.shape:

@@ -26,6 +26,7 @@ from zarr.storage import LocalStore, MemoryStore, StorePath, WrapperStore
 
 from tomocpt_stream.errors import BrokenSourceError, SourceError
 from tomocpt_stream.patience import PatientStore, bare
+from tomocpt_stream.spool import SpooledStore, Traffic
 from tomocpt_stream.voxels import SAMPLE_EDGE, is_shared
 
 if TYPE_CHECKING:
@@ -141,11 +142,18 @@ class ZarrVoxels:
         """Whether the store is one that other processes see."""
         return is_shared(self._stored)
 
+    @property
+    def traffic(self) -> Traffic | None:
+        """What this process has asked a remote store for; None for a local source."""
+        return self._stored.traffic if isinstance(self._stored, SpooledStore) else None
+
     def read(self, box: Box) -> npt.NDArray[np.float32]:
         """Return the voxels of a box (z, y, x) as a float32 array of its own."""
         region = [slice(0, 1)] * self.array.ndim
         for axis, where in zip(self.order, box, strict=True):
             region[axis] = where
+        if isinstance(self._stored, SpooledStore) and self._sharding is None:
+            sync(self._stored.fetch([self._key(place) for place, _ in self._parts(region)]))
         try:
             if self._sharding is not None:
                 self._check_shards(region)

@@ -1,0 +1,296 @@
+"""Tomograms and working stores on object stores: the same answers as from a disk, or an error that helps."""
+
+from __future__ import annotations
+
+import gzip
+import pickle
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import zarr
+from zarr.storage import LocalStore
+
+from tests.buckets import PORTAL_BUCKET, Bucket, portal_zarr
+from tests.scorers import PlaceDependent
+from tomocpt_stream.errors import PlanError, SourceError
+from tomocpt_stream.heatmap import PickOptions
+from tomocpt_stream.phantom import write_mrc
+from tomocpt_stream.pipeline import pick
+from tomocpt_stream.remote import ForbiddenError, connect
+from tomocpt_stream.tomogram import Tomogram, open_tomogram
+from tomocpt_stream.volume import ingest, open_volume
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from distributed import Client
+
+    from tests.buckets import S3, Way
+
+SHAPE, CHUNK = (40, 70, 75), 32
+VOXELS = np.random.default_rng(0).normal(size=SHAPE).astype(np.float32)
+OPTIONS = PickOptions(60.0, threshold=0.5, min_distance=40.0, stitch="hann", batch_size=3)
+CORNER = (slice(0, 32), slice(0, 32), slice(0, 32))
+ALL = (slice(0, SHAPE[0]), slice(0, SHAPE[1]), slice(0, SHAPE[2]))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tomogram as the portal stores it, on the disk."""
+    return portal_zarr(tmp_path_factory.mktemp("portal") / "TS_1.zarr", VOXELS, 10.0, CHUNK)
+
+
+@pytest.fixture(scope="module")
+def stored(folder: Path, s3: S3) -> dict[str, int]:
+    """The same in the bucket; the bytes of each level."""
+    s3.bucket.put_folder(folder, "TS_1.zarr")
+    write_mrc(folder.parent / "TS_1.mrc", VOXELS, 10.0)
+    s3.bucket.put("TS_1.mrc", (folder.parent / "TS_1.mrc").read_bytes())
+    s3.bucket.put("packed.mrc.gz", gzip.compress((folder.parent / "TS_1.mrc").read_bytes()))
+    levels = {path.name: path for path in folder.iterdir() if path.is_dir()}
+    return {
+        name: sum(file.stat().st_size for file in path.rglob("*") if file.is_file() and file.name[:2] != ".z")
+        for name, path in levels.items()
+    }
+
+
+def opened(s3: S3, key: str = "TS_1.zarr", **options: Any) -> Tomogram:
+    more = {name: options.pop(name) for name in ("level", "missing", "voxel_size") if name in options}
+    return open_tomogram(s3.address(key), storage_options=s3.options(**options), **more)
+
+
+@pytest.mark.parametrize("key", ["TS_1.zarr", "TS_1.mrc", "packed.mrc.gz"])
+def test_picks_from_a_bucket_are_those_from_a_disk(
+    key: str, s3: S3, way: Way, stored: dict[str, int], folder: Path, tmp_path: Path
+) -> None:
+    scorer = PlaceDependent()
+    local = folder if key.endswith("zarr") else folder.parent / "TS_1.mrc"
+    ours = pick(open_tomogram(local), scorer, OPTIONS, keep_heatmap=tmp_path / "ours")
+    remote = opened(s3, key)
+    theirs = pick(remote, scorer, OPTIONS, keep_heatmap=tmp_path / "theirs")
+    assert len(ours) > 10
+    assert (ours.zyx.tobytes(), ours.score.tobytes()) == (theirs.zyx.tobytes(), theirs.score.tobytes())
+    assert remote.name == theirs.tomogram == key.partition(".")[0]
+    assert remote.source == s3.address(key)
+    size = s3.bucket.client.head_object(Bucket="tomograms", Key=key)["ContentLength"] if "mrc" in key else 0
+    # Metadata, faces, fill, voxels and the sample of the fingerprint: each object came once.
+    assert way.bytes == (size or stored["0"])
+
+
+def test_each_chunk_comes_once_and_many_at_a_time(
+    s3: S3, way: Way, stored: dict[str, int], tmp_path: Path
+) -> None:
+    way.latency = 0.05
+    tomogram = opened(s3)
+    ingest(tomogram, tmp_path / "volume", voxel_size=14.5)
+    paths = [one.path for one in way.data()]
+    assert len(paths) == len(set(paths)) == 2 * 3 * 3
+    assert way.bytes == stored["0"]
+    assert way.most_at_once >= 8
+    assert tomogram.traffic is not None
+    assert tomogram.traffic.bytes >= stored["0"]
+
+
+def test_a_cache_of_no_room_fetches_again_and_changes_nothing(
+    s3: S3, way: Way, stored: dict[str, int]
+) -> None:
+    tomogram = opened(s3, cache_bytes=0)
+    for _ in range(2):
+        np.testing.assert_array_equal(tomogram.read(ALL), VOXELS)
+    assert way.bytes > 1.5 * stored["0"]
+
+
+@pytest.mark.parametrize("key", ["TS_1.zarr", "TS_1.mrc"])
+def test_a_remote_tomogram_travels_by_its_address(key: str, s3: S3, way: Way, stored: dict[str, int]) -> None:
+    tomogram = opened(s3, key)
+    tomogram.read(ALL)
+    data = pickle.dumps(tomogram)
+    assert len(data) < 10_000
+    assert tomogram.travels
+    there = pickle.loads(data)
+    there.confirm()
+    np.testing.assert_array_equal(there.read(ALL), VOXELS)
+    assert there.fingerprint == tomogram.fingerprint
+
+
+def test_a_level_is_read_only_when_asked_for(s3: S3, way: Way, stored: dict[str, int]) -> None:
+    tomogram = opened(s3, level=1)
+    assert (tomogram.shape, tomogram.voxel_size) == ((20, 35, 38), 20.0)
+    assert tomogram.frame.level_shift == (0.5, 0.5, 0.5)
+    z, y, x = (slice(0, n) for n in tomogram.shape)
+    tomogram.read((z, y, x))
+    assert way.bytes == stored["1"]
+
+
+def test_a_store_that_forbids_what_it_has_not_is_read_all_the_same(
+    s3: S3, way: Way, stored: dict[str, int]
+) -> None:
+    # So a bucket answers that may not be listed.
+    way.fault = lambda method, path, _: "403" if path.endswith(("zarr.json", ".zgroup")) else None
+    np.testing.assert_array_equal(opened(s3).read(ALL), VOXELS)
+
+
+def test_a_private_object_says_what_to_do(s3: S3, way: Way) -> None:
+    s3.bucket.put("private.mrc", b"x" * 2000, private=True)
+    with pytest.raises(
+        ForbiddenError, match=r"s3://tomograms refuses its object 'private.mrc' .403.*AWS_ACCESS_KEY_ID"
+    ):
+        opened(s3, "private.mrc")
+    way.fault = lambda method, path, _: "403"
+    with pytest.raises(ForbiddenError, match=r"s3://tomograms/TS_1.zarr refuses"):
+        opened(s3)
+
+
+@pytest.mark.parametrize("key", ["nowhere.mrc", "nowhere.zarr", "nowhere"])
+def test_an_address_of_nothing_is_named(key: str, s3: S3, way: Way) -> None:
+    with pytest.raises(SourceError, match=rf"s3://tomograms/{key}.*check the"):
+        opened(s3, key)
+
+
+@pytest.mark.parametrize("fault", ["503", "truncate", "drop"])
+@pytest.mark.parametrize("key", ["TS_1.zarr", "TS_1.mrc"])
+def test_what_fails_now_and_then_is_asked_for_again(
+    key: str, fault: str, s3: S3, way: Way, stored: dict[str, int]
+) -> None:
+    way.fault = lambda method, path, before: fault if before == 0 else None
+    np.testing.assert_array_equal(opened(s3, key).read(ALL), VOXELS)
+
+
+@pytest.mark.parametrize("fault", ["503", "truncate", "drop"])
+def test_what_always_fails_is_named_within_the_time_for_it(
+    fault: str, s3: S3, way: Way, stored: dict[str, int]
+) -> None:
+    tomogram = opened(s3, max_retries=1)
+    way.fault = lambda method, path, _: fault if path.endswith("/0/1/1/1") else None
+    with pytest.raises(SourceError, match=r"s3://tomograms/TS_1.zarr failed.* to get 0/1/1/1"):
+        tomogram.read(ALL)
+    np.testing.assert_array_equal(tomogram.read(CORNER), VOXELS[:32, :32, :32])
+
+
+def test_damaged_objects_are_named(s3: S3, way: Way, folder: Path) -> None:
+    s3.bucket.put_folder(folder, "damaged.zarr")
+    s3.bucket.client.delete_object(Bucket="tomograms", Key="damaged.zarr/0/0/0/0")
+    with pytest.raises(SourceError, match=r'damaged.zarr has no object 0/0/0/0.*missing="fill"'):
+        opened(s3, "damaged.zarr").read(ALL)
+    filled = opened(s3, "damaged.zarr", missing="fill")
+    for _ in range(2):
+        assert not filled.read(CORNER).any()
+    assert sum(one.path.endswith("damaged.zarr/0/0/0/0") for one in way.asked) == 2  # each tomogram once
+    whole = (folder / "0/1/1/1").read_bytes()
+    for data in (b"", whole[: len(whole) // 2], whole[:16] + bytes(len(whole) - 16)):
+        s3.bucket.put("damaged.zarr/0/1/1/1", data)
+        with pytest.raises(SourceError, match=r"damaged.zarr.* 0/1/1/1"):
+            opened(s3, "damaged.zarr", missing="fill").read(ALL)
+
+
+def test_a_file_that_is_replaced_while_it_is_read_is_an_error(
+    s3: S3, way: Way, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tomocpt_stream.files.PART", 1 << 16)
+    rng = np.random.default_rng(1)
+    data = [rng.integers(0, 100, 200_000, "u1").tobytes() for _ in range(2)]
+    header = bytearray(1024)
+    header[:16] = np.array([100, 100, 20, 0], "<i4").tobytes()
+    header[208:214] = b"MAP DD"
+    s3.bucket.put("changing.mrc", bytes(header) + data[0])
+    tomogram = opened(s3, "changing.mrc", voxel_size=10.0)
+    s3.bucket.put("changing.mrc", bytes(header) + data[1])
+    with pytest.raises(SourceError, match=r"changing\.mrc"):
+        tomogram.read((slice(0, 20), slice(0, 100), slice(0, 100)))
+
+
+@pytest.mark.parametrize("layout", ["format 2", "format 3", "sharded", "0.5"])
+def test_every_layout_of_zarr_is_read(layout: str, s3: S3, way: Way, tmp_path: Path) -> None:
+    form: Any = 2 if layout == "format 2" else 3
+    attributes = {}
+    path = tmp_path / "a.zarr"
+    if layout == "0.5":
+        axes = [{"name": axis, "type": "space", "unit": "nanometer"} for axis in "zyx"]
+        datasets = [{"path": "s0", "coordinateTransformations": [{"type": "scale", "scale": [1.0] * 3}]}]
+        attributes = {"ome": {"version": "0.5", "multiscales": [{"axes": axes, "datasets": datasets}]}}
+        zarr.create_group(LocalStore(path), zarr_format=3, attributes=attributes)
+    array = zarr.create_array(
+        LocalStore(path / "s0" if layout == "0.5" else path),
+        shape=SHAPE,
+        chunks=(16,) * 3,
+        shards=(32,) * 3 if layout == "sharded" else None,
+        dtype="float32",
+        zarr_format=form,
+    )
+    array[:] = VOXELS
+    key = f"layouts/{layout.replace(' ', '-')}.zarr"
+    s3.bucket.put_folder(path, key)
+    given: dict[str, Any] = {} if layout == "0.5" else {"voxel_size": 10.0}
+    tomogram = open_tomogram(s3.address(key), storage_options=s3.options(), **given)
+    assert tomogram.voxel_size == 10.0
+    for _ in range(2):
+        np.testing.assert_array_equal(tomogram.read(ALL), VOXELS)
+    ranges = [(one.path, one.range) for one in way.data() if one.method == "GET"]
+    assert len(ranges) == len(set(ranges))
+
+
+def test_the_portals_bucket_needs_nothing_but_its_address(
+    s3: S3, way: Way, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bucket = Bucket(s3.bucket.client.meta.endpoint_url, PORTAL_BUCKET)
+    bucket.put_folder(folder, "10446/TS_1.zarr")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", way.url)
+    # Keys for something else must not be sent to it.
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "somebody")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "else")
+    tomogram = open_tomogram(f"s3://{PORTAL_BUCKET}/10446/TS_1.zarr")
+    np.testing.assert_array_equal(tomogram.read(ALL), VOXELS)
+    web = open_tomogram(f"{way.url}/{PORTAL_BUCKET}/10446/TS_1.zarr/")
+    np.testing.assert_array_equal(web.read(ALL), VOXELS)
+    assert web.voxel_size == 10.0
+
+
+def test_working_stores_may_lie_in_a_bucket(
+    s3: S3, way: Way, stored: dict[str, int], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", way.url)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+    monkeypatch.setenv("AWS_REGION", "us-west-2")
+    scratch = s3.address("scratch")
+    ours = pick(open_tomogram(folder), PlaceDependent(), OPTIONS)
+    first = pick(open_tomogram(folder), PlaceDependent(), OPTIONS, scratch=scratch)
+    assert (ours.zyx.tobytes(), ours.score.tobytes()) == (first.zyx.tobytes(), first.score.tobytes())
+    keys = s3.bucket.keys("scratch/")
+    receipts = [key for key in keys if "/receipts/" in key]
+    assert receipts
+    way.reset()
+    again = pick(open_tomogram(folder), PlaceDependent(), OPTIONS, scratch=scratch)
+    assert again.zyx.tobytes() == ours.zyx.tobytes()
+    assert not [one for one in way.asked if one.method in ("PUT", "POST")]
+    assert s3.bucket.keys("scratch/") == keys
+
+
+def test_workers_read_and_write_buckets_for_themselves(
+    s3: S3, way: Way, stored: dict[str, int], folder: Path, workers: Client, tmp_path: Path
+) -> None:
+    ours = pick(open_tomogram(folder), PlaceDependent(), OPTIONS)
+    theirs = pick(opened(s3), PlaceDependent(), OPTIONS, client=workers, scratch=tmp_path)
+    assert (ours.zyx.tobytes(), ours.score.tobytes()) == (theirs.zyx.tobytes(), theirs.score.tobytes())
+    store = connect(s3.address("volumes/one"), s3.options(key="test", secret="test"), read_only=False)
+    volume = ingest(opened(s3), store, voxel_size=14.5, client=workers)
+    np.testing.assert_array_equal(
+        volume.array[:], ingest(open_tomogram(folder), tmp_path / "v", voxel_size=14.5).array[:]
+    )
+    assert open_volume(store).percentiles == volume.percentiles
+
+
+def test_a_picker_without_a_name_needs_a_place_for_its_map(s3: S3, folder: Path) -> None:
+    nameless = PlaceDependent()
+    del nameless.fingerprint
+    with pytest.raises(PlanError, match="picker without a fingerprint, and scratch on an object store"):
+        pick(open_tomogram(folder), nameless, OPTIONS, scratch=s3.address("scratch"))
+
+
+def test_nothing_warns_of_what_was_left_open(s3: S3, stored: dict[str, int]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for key in ("TS_1.zarr", "TS_1.mrc", "packed.mrc.gz"):
+            opened(s3, key).read(ALL)

@@ -1,0 +1,294 @@
+"""Addresses of object stores and web servers: which store they mean, and how it is asked.
+
+Stores are those of obstore (https://developmentseed.org/obstore), which repeats a request by itself:
+after a time-out, a dropped connection, a 5xx or a "slow down", with growing random pauses.
+"""
+
+from __future__ import annotations
+
+import configparser
+import os
+import re
+import sys
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote, urlsplit
+
+import obstore
+from obstore.exceptions import BaseError, PermissionDeniedError, UnauthenticatedError
+from obstore.store import from_url
+from zarr.storage import ObjectStore, WrapperStore
+
+from tomocpt_stream.errors import SourceError
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Mapping
+    from typing import TypeVar
+
+    from obstore import GetOptions
+    from zarr.abc.store import ByteRequest
+    from zarr.core.buffer import Buffer, BufferPrototype
+
+    Result = TypeVar("Result")
+
+PORTAL_BUCKET = "cryoet-data-portal-public"
+"""The bucket of the CZ CryoET Data Portal, which anybody may read."""
+
+PORTAL_REGION = "us-west-2"
+
+SCHEMES = {
+    "s3": "aws",
+    "s3a": "aws",
+    "gs": "google",
+    "az": "azure",
+    "abfs": "azure",
+    "abfss": "azure",
+    "https": "web",
+    "http": "web",
+}
+
+# Seconds that one request may be repeated for, and how often; then it is an error that names the object.
+RETRY_TIMEOUT, MAX_RETRIES = 180.0, 10
+CONNECT_TIMEOUT, TIMEOUT = 10.0, 120.0
+
+# Other words for options: those of fsspec and boto3.
+_ALIASES = {
+    "anon": "skip_signature",
+    "key": "access_key_id",
+    "secret": "secret_access_key",
+    "token": "session_token",
+    "endpoint_url": "endpoint",
+    "region_name": "region",
+    "aws_access_key_id": "access_key_id",
+    "aws_secret_access_key": "secret_access_key",
+    "aws_session_token": "session_token",
+}
+_TIMES = ("retry_timeout", "max_retries", "connect_timeout", "timeout")
+# Whichever of these is set, the environment has something to sign requests with.
+_SIGNS = {
+    "aws": (
+        "AWS_ACCESS_KEY_ID",
+        "AWS_WEB_IDENTITY_TOKEN_FILE",
+        "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
+        "AWS_CONTAINER_CREDENTIALS_FULL_URI",
+    ),
+    "google": ("GOOGLE_SERVICE_ACCOUNT", "GOOGLE_SERVICE_ACCOUNT_KEY", "GOOGLE_APPLICATION_CREDENTIALS"),
+    "azure": ("AZURE_STORAGE_ACCOUNT_KEY", "AZURE_STORAGE_SAS_KEY", "AZURE_STORAGE_CLIENT_ID"),
+}
+_GOOGLE_LOGIN = Path(".config", "gcloud", "application_default_credentials.json")
+
+
+class ForbiddenError(SourceError):
+    """A store that refuses an object, or does not want to say that it has none."""
+
+    final = True
+
+
+class RemoteStore(WrapperStore[ObjectStore[Any]]):
+    """An object store whose refusals say what to do."""
+
+    def __init__(self, store: ObjectStore[Any], address: str) -> None:
+        super().__init__(store)
+        self.address = address
+
+    def __str__(self) -> str:
+        return self.address
+
+    def _with_store(self, store: Any) -> RemoteStore:
+        return RemoteStore(store, self.address)
+
+    async def get(
+        self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None
+    ) -> Buffer | None:
+        """Return the bytes of an object, None where there is none; a refusal is a ForbiddenError."""
+        return await self._asked(key, self._store.get(key, prototype, byte_range))
+
+    async def part(
+        self, key: str, start: int, stop: int, etag: str | None = None
+    ) -> tuple[bytes, int, str | None] | None:
+        """Return bytes `start` to `stop` of an object, its size and its tag; None where there is none.
+
+        With `etag` an object that was replaced since is an error.
+        """
+        options: GetOptions = {"range": (start, stop)}
+        if etag is not None:
+            options["if_match"] = etag
+        try:
+            found = await self._asked(key, obstore.get_async(self._store.store, key, options=options))
+            data = (await self._asked(key, found.bytes_async())).to_bytes()
+        except FileNotFoundError:
+            return None
+        size = int(found.meta["size"])
+        if len(data) != min(stop, size) - start:
+            raise OSError(f"{len(data)} bytes where {min(stop, size) - start} were to come")
+        return data, size, found.meta["e_tag"]
+
+    async def exists(self, key: str) -> bool:
+        """Return whether an object is there."""
+        return await self._asked(key, self._store.exists(key))
+
+    async def getsize(self, key: str) -> int:
+        """Return the bytes of an object."""
+        return await self._asked(key, self._store.getsize(key))
+
+    async def set(self, key: str, value: Buffer) -> None:
+        """Store an object."""
+        await self._asked(key, self._store.set(key, value))
+
+    async def set_if_not_exists(self, key: str, value: Buffer) -> None:
+        """Store an object unless it is there."""
+        await self._asked(key, self._store.set_if_not_exists(key, value))
+
+    async def _asked(self, key: str, request: Awaitable[Result]) -> Result:
+        try:
+            return await request
+        except (PermissionDeniedError, UnauthenticatedError) as error:
+            raise self.forbidden(key) from error
+
+    def forbidden(self, key: str) -> ForbiddenError:
+        """Return the error for an object that the store refuses."""
+        return ForbiddenError(
+            f"{self.address} refuses its object {key!r} (403 or 401)",
+            expected="an object that may be read with the credentials at hand; a store that may not be "
+            "listed also answers so where there is no such object",
+            remedy="check the address; then set the credentials in the environment (AWS_ACCESS_KEY_ID, "
+            "AWS_SECRET_ACCESS_KEY, or those of the other clouds) or in storage_options, "
+            "skip_signature=True for a public bucket, skip_signature=False for the role of the machine",
+        )
+
+
+def is_remote(text: str) -> bool:
+    """Return whether a text is an address with a scheme, other than file://."""
+    return "://" in text and urlsplit(text).scheme.lower() != "file"
+
+
+def connect(address: str, options: Mapping[str, Any] | None = None, *, read_only: bool = True) -> RemoteStore:
+    """Return the store whose root is at an address (s3://, gs://, az://, https://); nothing is asked yet.
+
+    `options` are those of obstore's stores (`region`, `endpoint`, `access_key_id`,
+    `secret_access_key`, `session_token`, `skip_signature` and the like), their names in fsspec
+    (`anon`, `key`, `secret`, `token`, `endpoint_url`), and `timeout`, `connect_timeout`,
+    `retry_timeout` (s) and `max_retries`. What they leave open comes from the environment
+    (AWS_REGION, AWS_ENDPOINT_URL, AWS_PROFILE and so on). Without any credentials requests are not
+    signed, as those to the portal's bucket never are.
+
+    Raises
+    ------
+    SourceError
+        An unknown scheme or option, or no bucket or host.
+    """
+    parts = urlsplit(address)
+    cloud = SCHEMES.get(parts.scheme.lower())
+    if cloud is None or not parts.netloc:
+        raise SourceError(
+            f"the address {address}",
+            expected=f"a path, or an address that starts with {', '.join(f'{name}://' for name in SCHEMES)}",
+            remedy="check its spelling",
+        )
+    if parts.query or parts.fragment:
+        raise SourceError(
+            f"the address {address} has a query or a fragment",
+            expected="a plain address, below which objects have addresses of their own",
+            remedy="leave out what follows the ? or #; pass credentials in storage_options",
+        )
+    given = {_ALIASES.get(name, name): value for name, value in (options or {}).items()}
+    times = {name: float(given.pop(name)) for name in _TIMES if name in given}
+    config = {**_defaults(cloud, parts.netloc), **{name: _word(value) for name, value in given.items()}}
+    root = f"{parts.scheme.lower()}://{parts.netloc}{_quoted(parts.path)}".rstrip("/")
+    try:
+        make: Any = from_url  # which options there are depends on the scheme
+        store = make(
+            root,
+            **({} if cloud == "web" else {"config": config}),
+            client_options=_client(config, times, plain=parts.scheme.lower() == "http"),
+            retry_config={
+                "max_retries": int(times.get("max_retries", MAX_RETRIES)),
+                "retry_timeout": timedelta(seconds=times.get("retry_timeout", RETRY_TIMEOUT)),
+                "backoff": {
+                    "init_backoff": timedelta(seconds=0.2),
+                    "max_backoff": timedelta(seconds=15),
+                    "base": 2,
+                },
+            },
+        )
+    except (BaseError, TypeError, ValueError) as error:
+        raise SourceError(
+            f"there is no way to {address} with these options ({error})",
+            expected="options of obstore's stores, such as region, endpoint, access_key_id, skip_signature",
+            remedy="check the address and storage_options",
+        ) from error
+    return RemoteStore(ObjectStore(store, read_only=read_only), address.rstrip("/"))
+
+
+def parent(address: str) -> tuple[str, str]:
+    """Return the address of the folder that an object lies in, and its name there."""
+    folder, _, name = address.rstrip("/").rpartition("/")
+    return folder, unquote(name)
+
+
+def _quoted(path: str) -> str:
+    # An address copied from a browser has %20 for a blank; obstore encodes by itself.
+    return unquote(path) if "%" in path else path
+
+
+def _word(value: object) -> object:
+    return str(value) if isinstance(value, os.PathLike) else value
+
+
+def _defaults(cloud: str, place: str) -> dict[str, Any]:
+    """Return the options of a cloud that follow from the place and from what the environment says."""
+    if cloud == "web":
+        return {}
+    found: dict[str, Any] = {}
+    if cloud == "aws":
+        if place == PORTAL_BUCKET:
+            return {"skip_signature": True, "region": os.environ.get("AWS_REGION", PORTAL_REGION)}
+        profile = {} if _signs(cloud) else _profile()
+        found = {**profile}
+        if "access_key_id" in profile:
+            return found
+    if not _signs(cloud):
+        found["skip_signature"] = True
+    return found
+
+
+def _signs(cloud: str) -> bool:
+    if cloud == "google" and Path.home().joinpath(_GOOGLE_LOGIN).exists():
+        return True
+    return any(os.environ.get(name) for name in _SIGNS[cloud])
+
+
+def _profile() -> dict[str, str]:
+    """Return keys and region of the profile AWS_PROFILE, or "default", from the files of `aws configure`."""
+    name = os.environ.get("AWS_PROFILE") or "default"
+    home = Path.home() / ".aws"
+    files = {
+        os.environ.get("AWS_SHARED_CREDENTIALS_FILE") or home / "credentials": name,
+        os.environ.get("AWS_CONFIG_FILE") or home / "config": name
+        if name == "default"
+        else f"profile {name}",
+    }
+    found: dict[str, str] = {}
+    for path, section in files.items():
+        parser = configparser.RawConfigParser()
+        try:
+            parser.read(path)
+        except configparser.Error:
+            continue
+        if parser.has_section(section):
+            found = {**dict(parser.items(section)), **found}
+    wanted = ("aws_access_key_id", "aws_secret_access_key", "aws_session_token", "region")
+    return {_ALIASES.get(key, key): found[key] for key in wanted if key in found}
+
+
+def _client(config: Mapping[str, Any], times: Mapping[str, float], *, plain: bool) -> dict[str, Any]:
+    """Return how connections are made; without encryption only where an address asks for that."""
+    endpoints = [config.get("endpoint"), *map(os.environ.get, ("AWS_ENDPOINT_URL", "AWS_ENDPOINT"))]
+    version = getattr(sys.modules.get("tomocpt_stream"), "__version__", "")
+    return {
+        "allow_http": plain or any(re.match("http://", str(one)) for one in endpoints if one),
+        "connect_timeout": timedelta(seconds=times.get("connect_timeout", CONNECT_TIMEOUT)),
+        "timeout": timedelta(seconds=times.get("timeout", TIMEOUT)),
+        "user_agent": f"tomocpt-stream/{version}".rstrip("/"),
+    }
