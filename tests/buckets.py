@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import logging
 import threading
 import time
 from contextlib import closing, contextmanager, suppress
@@ -213,6 +214,7 @@ class S3(NamedTuple):
 @contextmanager
 def s3_server() -> Iterator[str]:
     """Run an S3 server; its address."""
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a line for each request otherwise
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()

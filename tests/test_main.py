@@ -62,7 +62,7 @@ def names(folder: Path | str) -> list[str]:
 def test_help_says_units(command: str | None) -> None:
     shown = run(*([] if command is None else [command]), "--help").output
     assert "Usage:" in shown
-    assert command in (None, "train", "demo") or "Å" in shown
+    assert command in (None, "train", "demo", "portal") or "Å" in shown
 
 
 def test_the_commands_of_the_package() -> None:
@@ -118,7 +118,7 @@ def test_pick_hands_every_option_on(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (options.min_distance, options.margin, options.stitch) == (70, 20, "crop")
     assert (options.tta, options.batch_size) == (True, 3)
     assert (seen["source"], seen["device"], seen["memory"]) == ("mine.safetensors", "cpu", "2 GB")
-    assert (seen["mask"], seen["scratch"]) == ("mask.mrc", Path("scratch"))
+    assert (seen["mask"], seen["scratch"]) == ("mask.mrc", "scratch")
     tomogram = seen["tomogram"]
     assert (tomogram.voxel_size, tomogram.frame.beam_axis) == (10.0, "y")
     assert "_rlnCenteredCoordinateXAngst" in Path("out.star").read_text()

@@ -14,9 +14,12 @@ from zarr.storage import LocalStore
 
 from tests.buckets import PORTAL_BUCKET, Bucket, portal_zarr
 from tests.scorers import PlaceDependent
+from tomocpt_stream.destinations import destinations
 from tomocpt_stream.errors import PlanError, SourceError
+from tomocpt_stream.formats import write_picks
 from tomocpt_stream.heatmap import PickOptions
 from tomocpt_stream.phantom import write_mrc
+from tomocpt_stream.picks import Picks
 from tomocpt_stream.pipeline import pick
 from tomocpt_stream.remote import ForbiddenError, connect
 from tomocpt_stream.tomogram import Tomogram, open_tomogram
@@ -280,6 +283,21 @@ def test_workers_read_and_write_buckets_for_themselves(
         volume.array[:], ingest(open_tomogram(folder), tmp_path / "v", voxel_size=14.5).array[:]
     )
     assert open_volume(store).percentiles == volume.percentiles
+
+
+def test_picks_are_written_to_an_address(
+    s3: S3, way: Way, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", way.url)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+    picks = Picks(zyx=np.array([[1.0, 2.0, 3.0]]), score=np.array([0.5]), voxel_size=10.0, tomogram="TS_1")
+    write_picks(picks, s3.address("picks/TS_1.star"))
+    write_picks(picks, tmp_path / "TS_1.star")
+    found = s3.bucket.client.get_object(Bucket="tomograms", Key="picks/TS_1.star")["Body"].read()
+    assert found == (tmp_path / "TS_1.star").read_bytes()
+    with pytest.raises(PlanError, match=r"the output s3://tomograms/picks/; expected .* on a disk"):
+        destinations([str(tmp_path / "a.mrc")], s3.address("picks/"))
 
 
 def test_a_picker_without_a_name_needs_a_place_for_its_map(s3: S3, folder: Path) -> None:

@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import pytest
 
@@ -58,9 +59,15 @@ def test_there_are_commands() -> None:
 
 
 @pytest.mark.parametrize("line", COMMANDS)
-def test_the_commands_parse(line: str) -> None:
+def test_the_commands_parse(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("ribosomes.json").touch()
     name, *words = shlex.split(line, comments=True)[1:]
-    context = main.commands[name].make_context(name, list(words))
+    command = main.commands[name]
+    if isinstance(command, click.Group):
+        name, *words = words
+        command = command.commands[name]
+    context = command.make_context(name, list(words))
     assert context.params
 
 

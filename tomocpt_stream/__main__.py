@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tomocpt_stream.errors import ActionableError
+from tomocpt_stream.portal_commands import portal
 from tomocpt_stream.request import PickRequest, pick_all
 from tomocpt_stream.terminal import (
     count,
@@ -118,6 +119,26 @@ def workers_option(command: Callable[..., Any]) -> Callable[..., Any]:
     )(command)
 
 
+def storage_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the option that says how object stores are reached."""
+    return click.option(
+        "--storage-option",
+        "storage_options",
+        multiple=True,
+        metavar="KEY=VALUE",
+        callback=_pairs,
+        help="For addresses, repeatable: endpoint, region, access_key_id, secret_access_key, "
+        "skip_signature, cache_bytes.  [default: from the environment]",
+    )(command)
+
+
+def _pairs(ctx: click.Context, option: click.Parameter, value: tuple[str, ...]) -> dict[str, str]:
+    del ctx, option
+    if wrong := [text for text in value if "=" not in text]:
+        raise click.BadParameter(f"{', '.join(wrong)} is not KEY=VALUE")
+    return dict(text.split("=", 1) for text in value)
+
+
 @main.command("pick", short_help="Pick particles in tomograms; write STAR files.")
 @click.argument("tomograms", nargs=-1, required=True, metavar="TOMOGRAM...")
 @click.option(
@@ -153,8 +174,7 @@ def workers_option(command: Callable[..., Any]) -> Callable[..., Any]:
 )
 @click.option(
     "--scratch",
-    type=click.Path(file_okay=False, path_type=Path),
-    metavar="DIR",
+    metavar="DIR|ADDRESS",
     help="Keep working volumes and maps here, so that a killed run goes on.  [default: a temporary folder]",
 )
 @click.option("--verify", is_flag=True, help="Read back what was stored and compare it with its receipts.")
@@ -166,16 +186,35 @@ def workers_option(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option(
     "--picture/--no-picture", default=True, help="Draw three slices with the picks beside the STAR."
 )
+@click.option(
+    "--coarsest-level",
+    "level",
+    flag_value="coarsest",
+    default="given",
+    show_default=False,
+    help="Read the coarsest stored level that is at least as fine as the working voxels.",
+)
+@click.option(
+    "--missing",
+    type=click.Choice(["error", "fill"]),
+    default="error",
+    help="Absent zarr chunks are an error, or the fill value (some writers drop chunks of nothing else).",
+)
+@storage_option
 @workers_option
 @source_options
 @plan_options
 def pick_command(**settings: Any) -> None:
     """Pick particles in one or more TOMOGRAMs and write STAR files.
 
-    A tomogram is an .mrc, .rec or .map file (also .gz, .bz2), a zarr array or an OME-Zarr group. One
-    that cannot be picked is reported with its reason, the others are done, and the exit code is 1.
+    A tomogram is an .mrc, .rec or .map file (also .gz, .bz2), a zarr array or an OME-Zarr group, on a
+    disk or at an address (s3://, gs://, az://, https://). One that cannot be picked is reported with
+    its reason, the others are done, and the exit code is 1.
     """
     pick_all(PickRequest(**settings))
+
+
+main.add_command(portal)
 
 
 @main.command("inspect", short_help="Say what a tomogram is and what picking costs.")

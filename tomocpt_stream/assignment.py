@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import zarr
 
 from tomocpt_stream.blocks import CODEC_CONCURRENCY
+from tomocpt_stream.decoded import DECODED
 from tomocpt_stream.errors import PlanError
 from tomocpt_stream.patience import PatientStore
 from tomocpt_stream.receipts import read_json
@@ -55,6 +56,7 @@ class WorkAddress:
     def open(self) -> Work:
         """Return the work on the picker that this process holds."""
         zarr.config.set({"async.concurrency": CODEC_CONCURRENCY})  # as the plan's bytes assume
+        DECODED.forget()  # what the plan does not count
         if read_json(self.store, "zarr.json") is None:
             raise PlanError(
                 f"{socket.gethostname()} does not find the map that is being made in {self.store}",

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 
 from tomocpt_stream.errors import ActionableError, PlanError
 from tomocpt_stream.pipeline import safe_name
-from tomocpt_stream.tomogram import open_tomogram
+from tomocpt_stream.remote import is_remote
+from tomocpt_stream.tomogram import address_name, open_tomogram
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
 
 @dataclass(frozen=True)
@@ -31,18 +32,30 @@ class Destination:
 
 
 def destinations(
-    sources: Sequence[str], output: str, *, heatmaps: Path | None = None, inputs: Sequence[str] = ()
+    sources: Sequence[str],
+    output: str,
+    *,
+    heatmaps: Path | None = None,
+    inputs: Sequence[str] = (),
+    names: Mapping[str, str] | None = None,
 ) -> dict[str, Destination]:
     """Return the destination of each tomogram by its source.
 
     An `output` that ends in .star takes the picks of all; a folder gets one STAR for each. `inputs`
-    are further files, beside the sources, that must stay as they are.
+    are further files, beside the sources, that must stay as they are; `names` are those of sources that
+    have one already.
 
     Raises
     ------
     PlanError
         Where the output is neither, a source is given twice, or an input would be overwritten.
     """
+    if is_remote(output):
+        raise PlanError(
+            f"the output {output}",
+            expected="a .star file or a folder on a disk",
+            remedy="write there and copy, or use write_picks in Python, which takes addresses",
+        )
     place = Path(output)
     shares = place.suffix == ".star" and not place.is_dir()
     if not shares and place.suffix and not place.is_dir() and not output.endswith("/"):
@@ -52,7 +65,7 @@ def destinations(
             remedy="end the name of a new folder with a slash",
         )
     found = {}
-    for source, name in unique_names(sources).items():
+    for source, name in unique_names(sources, names).items():
         star = place if shares else place / f"{name}.star"
         picture = f"{star.stem}_{name}.png" if shares and len(sources) > 1 else f"{star.stem}.png"
         heatmap = heatmaps / f"{name}.zarr" if heatmaps else None
@@ -74,7 +87,7 @@ def refuse_overwriting(inputs: Sequence[str], *outputs: Path | None) -> None:
             )
 
 
-def unique_names(sources: Sequence[str]) -> dict[str, str]:
+def unique_names(sources: Sequence[str], given: Mapping[str, str] | None = None) -> dict[str, str]:
     """Return a name for each source that is safe as a file's and unlike the others.
 
     Equal ones in one folder keep their suffixes, those in different folders get the folders' names
@@ -88,7 +101,7 @@ def unique_names(sources: Sequence[str]) -> dict[str, str]:
             expected="each tomogram once",
             remedy="leave the repetition out",
         )
-    names = {source: safe_name(_name_of(source)) for source in sources}
+    names = {source: safe_name((given or {}).get(source) or _name_of(source)) for source in sources}
     at_home = Counter((paths[source].parent, name.casefold()) for source, name in names.items())
     for source, name in names.items():
         if at_home[paths[source].parent, name.casefold()] > 1:
@@ -103,6 +116,8 @@ def unique_names(sources: Sequence[str]) -> dict[str, str]:
 
 def _name_of(source: str) -> str:
     """Return what a tomogram calls itself; one that cannot be opened is reported when its turn comes."""
+    if is_remote(source):  # which is not asked before its turn comes
+        return address_name(source)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:

@@ -23,6 +23,7 @@ from zarr.codecs import BloscCodec
 from zarr.errors import ContainsArrayError
 
 from tomocpt_stream.circumstances import circumstances
+from tomocpt_stream.decoded import DECODED
 from tomocpt_stream.errors import BrokenSourceError, DuplicateError, PlanError
 from tomocpt_stream.fill import BOX, Fill, find_fill
 from tomocpt_stream.memory import return_freed_memory
@@ -189,6 +190,7 @@ def store_tile(task: tuple[Box, int], volume: Ingestion, report: Report) -> None
     chunks of the source are large.
     """
     tile, counted = task
+    DECODED.keep()
     began, source = time.monotonic(), CheckedSource(volume.tomogram)
     chunks = {key_of(chunk): chunk for chunk in cut(tile, CHUNKS)}
     present = volume.receipts.present(list(chunks))  # another run may have stored some of them meanwhile
@@ -222,6 +224,7 @@ def store_tile(task: tuple[Box, int], volume: Ingestion, report: Report) -> None
 def search_fill(_: None, volume: Ingestion, report: Report) -> FillFacts:
     """Find the fill of the source, store where it is, then the receipt of what it is; return this."""
     receipts = Receipts(volume.group.store, "fill")
+    DECODED.keep()
     shape, began = volume.tomogram.shape, time.monotonic()
     source = CheckedSource(volume.tomogram)
     seen = 0

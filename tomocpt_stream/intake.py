@@ -14,6 +14,7 @@ from uuid import uuid4
 
 import numpy as np
 
+from tomocpt_stream.decoded import DECODED
 from tomocpt_stream.dispatch import run_jobs
 from tomocpt_stream.errors import BrokenSourceError, SourceError
 from tomocpt_stream.ingestion import (
@@ -79,6 +80,8 @@ class Intake:
             return known.volume, known._percentiles()
         except NotFiniteError:
             raise self._broken() from None
+        finally:
+            DECODED.forget()
 
     def _with_fill(self) -> Intake:
         """Return this with the fill of the source, which is searched once for a store."""

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
 import obstore
-from obstore.exceptions import BaseError, PermissionDeniedError, UnauthenticatedError
+from obstore.exceptions import BaseError, GenericError, PermissionDeniedError, UnauthenticatedError
 from obstore.store import from_url
 from zarr.storage import ObjectStore, WrapperStore
 
@@ -119,6 +119,11 @@ class RemoteStore(WrapperStore[ObjectStore[Any]]):
             data = (await self._asked(key, found.bytes_async())).to_bytes()
         except FileNotFoundError:
             return None
+        except GenericError:
+            # A range of an empty object cannot be satisfied.
+            if start == 0 and await self._asked(key, self._store.getsize(key)) == 0:
+                return b"", 0, None
+            raise
         size = int(found.meta["size"])
         if len(data) != min(stop, size) - start:
             raise OSError(f"{len(data)} bytes where {min(stop, size) - start} were to come")

@@ -6,7 +6,7 @@ import logging
 import os
 import time
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -20,18 +20,21 @@ from tomocpt_stream.terminal import (
     rate,
     say_failure,
     show_progress,
+    traffic_line,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
     from tomocpt_stream.blocks import Stitch
     from tomocpt_stream.destinations import Destination
     from tomocpt_stream.formats import Format
-    from tomocpt_stream.heatmap import Contrast, PickOptions, Scorer
+    from tomocpt_stream.heatmap import Contrast, Level, PickOptions, Scorer
     from tomocpt_stream.picks import Picks
+    from tomocpt_stream.portal_records import TomogramRecord
     from tomocpt_stream.tomogram import BeamAxis
+    from tomocpt_stream.zarrays import Missing
 
 _LOGGER = logging.getLogger(__name__)
 # Loggers that tell what goes on inside dask; those named have levels of their own.
@@ -62,13 +65,20 @@ class PickRequest:
     mask: str | None = None
     star: Format = "relion31"
     keep_heatmap: Path | None = None
-    scratch: Path | None = None
+    scratch: str | None = None
     verify: bool = False
     workers: int | None = None
     scheduler: str | None = None
     picture: bool = True
     voxel_size: float | None = None
     beam_axis: BeamAxis = "z"
+    level: Level = "given"
+    missing: Missing = "error"
+    storage_options: Mapping[str, Any] = field(default_factory=dict)
+    # Of tomograms that are more than an address: their records, names and masks, by address.
+    records: Mapping[str, TomogramRecord] = field(default_factory=dict)
+    names: Mapping[str, str] = field(default_factory=dict)
+    masks: Mapping[str, str | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Refuse two clusters at once."""
@@ -88,6 +98,7 @@ class PickRequest:
             tta=self.tta,
             batch_size=self.batch_size,
             margin=self.margin,
+            level=self.level,
         )
 
     def destinations(self) -> dict[str, Destination]:
@@ -95,7 +106,9 @@ class PickRequest:
         from tomocpt_stream.destinations import destinations
 
         kept = [name for name in (self.mask, self.picker) if name is not None]
-        return destinations(self.tomograms, self.output, heatmaps=self.keep_heatmap, inputs=kept)
+        return destinations(
+            self.tomograms, self.output, heatmaps=self.keep_heatmap, inputs=kept, names=self.names
+        )
 
 
 def pick_all(asked: PickRequest) -> list[Picks]:
@@ -207,10 +220,18 @@ def _pick_one(
 ) -> None:
     """Pick one tomogram, write its STAR, then its picture; `done` are the picks of those before it."""
     from tomocpt_stream.formats import write_picks
-    from tomocpt_stream.pipeline import min_distance, pick, plan_pick
+    from tomocpt_stream.pipeline import level_for, min_distance, pick, plan_pick
     from tomocpt_stream.tomogram import open_tomogram
 
-    tomogram = open_tomogram(source, voxel_size=asked.voxel_size, beam_axis=asked.beam_axis, name=target.name)
+    tomogram = open_tomogram(
+        asked.records.get(source, source),
+        voxel_size=asked.voxel_size,
+        beam_axis=asked.beam_axis,
+        name=target.name,
+        missing=asked.missing,
+        storage_options=dict(asked.storage_options),
+    )
+    tomogram = level_for(tomogram, picker, options)
     grid, plan = plan_pick(tomogram, picker, options, memory=asked.memory, workers=_count(client))
     click.echo(facts_line(tomogram))
     click.echo(plan_line(grid, plan, workers=_count(client)))
@@ -221,7 +242,7 @@ def _pick_one(
             tomogram,
             picker,
             options,
-            mask=asked.mask,
+            mask=asked.masks.get(source) or asked.mask,
             scratch=asked.scratch,
             keep_heatmap=target.heatmap,
             memory=asked.memory,
@@ -230,6 +251,8 @@ def _pick_one(
             progress=progress,
         )
     seconds = time.perf_counter() - began
+    if tomogram.traffic is not None:
+        click.echo(traffic_line(tomogram.traffic, seconds))
     done.append(picks)
     write_picks(done if target.shares_star else picks, target.star, format=asked.star)
     click.echo(

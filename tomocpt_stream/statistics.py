@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from tomocpt_stream.decoded import DECODED
 from tomocpt_stream.frame import Grid
 from tomocpt_stream.ingestion import CheckedSource
 from tomocpt_stream.percentiles import count_lower, count_upper, pack
@@ -52,6 +53,8 @@ def source_blocks(volume: Ingestion) -> list[Blocks]:
 
 def count_upper_halves(blocks: Blocks, volume: Ingestion, report: Report) -> bytes:
     """Return the packed counts of the upper halves of the voxels in blocks."""
+    if volume.rule != "tomocpt":
+        DECODED.forget()  # the source has been read
     return pack(count_upper(_measured(blocks, volume, report)))
 
 

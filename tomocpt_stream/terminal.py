@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from tomocpt_stream.blocks import BlockPlan
     from tomocpt_stream.frame import Grid
     from tomocpt_stream.progress import WorkerProgress
+    from tomocpt_stream.spool import Traffic
     from tomocpt_stream.tomogram import Tomogram
 
 
@@ -112,6 +113,12 @@ def rate(tomogram: Tomogram, seconds: float) -> str:
     """Return a tomogram's voxels per second."""
     z, y, x = tomogram.shape
     return f"{z * y * x / seconds:,.0f} voxels/s"
+
+
+def traffic_line(traffic: Traffic, seconds: float) -> str:
+    """Return what was asked of a remote store, by this process, in one line."""
+    size = traffic.bytes / 1e6
+    return f"  fetched {size:.1f} MB in {count(traffic.requests, 'request')} ({size / seconds:.1f} MB/s)"
 
 
 def count(number: int, noun: str) -> str:

@@ -361,7 +361,7 @@ def _open_address(
     folder, last = parent(address)
     chosen = dict(options or {})
     limit = int(chosen.pop("cache_bytes", LIMIT))
-    name = _name(Path(urlsplit(address).path))
+    name = address_name(address)
     if Path(last).suffix.lower() not in MRC_SUFFIXES:
         store = SpooledStore(connect(address, chosen), limit)
         voxels, place = open_zarr(store, "", level, missing, address)
@@ -376,6 +376,11 @@ def _local_path(source: str | bytes) -> Path:
     if "://" in text:
         text = url2pathname(urlsplit(text).path)
     return Path(text).expanduser().resolve()
+
+
+def address_name(address: str) -> str:
+    """Return what a tomogram at an address is called when nobody says."""
+    return _name(Path(urlsplit(address).path))
 
 
 def _name(path: Path) -> str:

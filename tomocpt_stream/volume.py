@@ -111,7 +111,7 @@ def ingest(
     """Stream a tomogram onto the working grid of `voxel_size` Å in `store`, and return the volume.
 
     `store` is a path or a zarr store. Memory is about 0.3 GB, whatever the size of the tomogram, and
-    up to 0.6 GB where its chunks are large (cubes of 256 float32 voxels).
+    up to 0.9 GB where its chunks are large (cubes of 256 float32 voxels, four of which are kept).
     A run that was killed goes on where it stopped and ends with the same bytes; a finished store
     is returned at once.
 

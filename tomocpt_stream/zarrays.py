@@ -13,6 +13,7 @@ import json
 import math
 import socket
 from typing import TYPE_CHECKING, Any, Literal
+from uuid import uuid4
 
 import numcodecs
 import numpy as np
@@ -24,6 +25,7 @@ from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
 from zarr.storage import LocalStore, MemoryStore, StorePath, WrapperStore
 
+from tomocpt_stream.decoded import DECODED
 from tomocpt_stream.errors import BrokenSourceError, SourceError
 from tomocpt_stream.patience import PatientStore, bare
 from tomocpt_stream.spool import SpooledStore, Traffic
@@ -128,6 +130,7 @@ class ZarrVoxels:
         self.shape: Shape = (array.shape[order[0]], array.shape[order[1]], array.shape[order[2]])
         self.dtype: np.dtype[Any] = np.dtype(array.dtype)
         self._objects: tuple[int, ...] = tuple(array.shards or array.chunks)
+        self._token = uuid4().hex  # under which its chunks are kept when they are decoded
 
     @property
     def chunks(self) -> Shape:
@@ -176,10 +179,23 @@ class ZarrVoxels:
         if math.prod(self.array.chunks) * self.dtype.itemsize <= LARGE_CHUNK:
             return np.asarray(self.array[tuple(region)])
         found = np.empty([where.stop - where.start for where in region], self.dtype)
-        for _, part in self._parts(region):
-            at = (slice(a.start - b.start, a.stop - b.start) for a, b in zip(part, region, strict=True))
-            found[tuple(at)] = self.array[part]
+        for place, part in self._parts(region):
+            at = tuple(slice(a.start - b.start, a.stop - b.start) for a, b in zip(part, region, strict=True))
+            if self._sharding is not None:
+                found[at] = self.array[part]
+                continue
+            corner = [index * size for index, size in zip(place, self._objects, strict=True)]
+            inside = (slice(a.start - zero, a.stop - zero) for a, zero in zip(part, corner, strict=True))
+            found[at] = self._chunk(corner)[tuple(inside)]
         return found
+
+    def _chunk(self, corner: Sequence[int]) -> npt.NDArray[Any]:
+        """Return all voxels of the chunk that begins at a corner."""
+        whole = tuple(
+            slice(start, min(start + size, length))
+            for start, size, length in zip(corner, self._objects, self.array.shape, strict=True)
+        )
+        return DECODED.get((self._token, *corner), lambda: np.asarray(self.array[whole]))
 
     def facts(self) -> dict[str, Any]:
         """Return what the metadata states, as plain data."""

@@ -15,7 +15,10 @@ from typing import TYPE_CHECKING, Literal, get_args
 from tomocpt_stream.errors import FormatError
 from tomocpt_stream.formats.extents import Tomograms, tomogram_extents
 from tomocpt_stream.formats.star import read_star, render_star
+from tomocpt_stream.patience import PatientStore
 from tomocpt_stream.picks import Picks
+from tomocpt_stream.receipts import write_bytes
+from tomocpt_stream.remote import connect, is_remote, parent
 
 if TYPE_CHECKING:
     from tomocpt_stream.frame import Shape
@@ -64,7 +67,8 @@ def write_picks(
 ) -> None:
     """Write picks of one or several tomograms to one file; it appears whole or not at all.
 
-    A mapping names the tomograms by its keys. A file that is there already is replaced. "relion5"
+    `path` may be an address (s3://, gs://, az://), with credentials from the environment. A mapping
+    names the tomograms by its keys. A file that is there already is replaced. "relion5"
     needs the size of each tomogram, from its picks or from `tomograms` (see `read_picks`).
 
     Raises
@@ -74,7 +78,12 @@ def write_picks(
     """
     dialect = _known(format, path)
     sizes = None if tomograms is None else tomogram_extents(tomograms)
-    _write_whole(Path(path), render_star(_named(picks), dialect, sizes))
+    text = render_star(_named(picks), dialect, sizes)
+    if isinstance(path, str) and is_remote(path):
+        folder, name = parent(path)
+        write_bytes(PatientStore(connect(folder, read_only=False), FormatError), name, text.encode())
+    else:
+        _write_whole(Path(path), text)
 
 
 def _named(picks: Picks | Mapping[str, Picks] | Iterable[Picks]) -> list[Picks]:

@@ -1,0 +1,126 @@
+"""What was fetched is kept on the disk: once, whole, bounded, and gone with the process."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+from zarr.core.buffer import default_buffer_prototype
+from zarr.core.sync import sync
+
+from tomocpt_stream import spool
+from tomocpt_stream.remote import connect
+from tomocpt_stream.spool import Spool, SpooledStore
+
+if TYPE_CHECKING:
+    from tests.buckets import S3, Way
+
+PROTOTYPE = default_buffer_prototype()
+
+
+def put(kept: Spool, label: Any, data: bytes) -> bool:
+    room = kept.reserve(label, len(data))
+    if room is None or not room.write(data):
+        return False
+    kept.commit(room)
+    return True
+
+
+def test_what_is_kept_comes_back_until_there_is_no_room() -> None:
+    kept = Spool(limit=1000)
+    for number in range(20):
+        assert put(kept, (str(number), None), bytes([number]) * 100)
+        assert kept.get((str(number), None)) == bytes([number]) * 100
+    there = [number for number in range(20) if (str(number), None) in kept]
+    assert there == list(range(10, 20))  # two halves of 500 bytes each
+    assert not put(kept, ("large", None), bytes(501))
+    assert kept.get(("large", None)) is None
+
+
+def test_what_is_not_whole_is_not_found() -> None:
+    kept = Spool(limit=1000)
+    room = kept.reserve(("a", None), 10)
+    assert room is not None
+    assert room.write(b"12345")
+    assert kept.get(("a", None)) is None
+    assert room.write(b"67890", at=5)
+    kept.commit(room)
+    assert kept.get(("a", None)) == b"1234567890"
+
+
+def test_files_have_no_name_and_are_closed() -> None:
+    kept = Spool(limit=1000)
+    assert put(kept, ("a", None), bytes(100))
+    file = kept._halves[0].file
+    assert os.readlink(f"/proc/self/fd/{file}").endswith("(deleted)")  # noqa: PTH115
+    del kept
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(file)
+
+
+def test_a_full_disk_keeps_nothing_and_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    kept = Spool(limit=1000)
+    assert put(kept, ("a", None), b"1")
+    monkeypatch.setattr(spool, "write_at", full)
+    assert not put(kept, ("b", None), b"2")
+    monkeypatch.undo()
+    assert kept.reserve(("c", None), 1) is None
+    assert kept.get(("a", None)) == b"1"
+
+
+def test_a_large_object_comes_in_parts_at_once(s3: S3, way: Way, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spool, "PART", 1 << 16)
+    data = np.random.default_rng(0).bytes(1_000_000)
+    s3.bucket.put("large/object", data)
+    way.latency = 0.05
+    for limit in (1 << 30, 0):  # kept, or put together in memory
+        way.asked.clear()
+        store = SpooledStore(connect(s3.address("large"), s3.options()), limit)
+
+        async def several(store: SpooledStore = store) -> list[Any]:
+            return await asyncio.gather(*(store.get("object", PROTOTYPE) for _ in range(3)))
+
+        assert [found.to_bytes() for found in sync(several())] == [data] * 3
+        ranges = [one.range for one in way.asked]
+        assert len(ranges) == len(set(ranges)) == 16  # who asks meanwhile waits for the same answer
+        assert store.traffic.bytes == len(data)
+        assert store.traffic.requests == 16
+    assert way.most_at_once >= 8
+
+
+@pytest.mark.parametrize("size", [0, 1, 65536, 65537])
+def test_objects_of_every_size(size: int, s3: S3, way: Way, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spool, "PART", 65536)
+    data = np.random.default_rng(size).bytes(size)
+    s3.bucket.put(f"sizes/{size}", data)
+    store = SpooledStore(connect(s3.address("sizes"), s3.options()))
+    for _ in range(2):
+        found = sync(store.get(str(size), PROTOTYPE))
+        assert found is not None
+        assert found.to_bytes() == data
+    assert sync(store.get("absent", PROTOTYPE)) is None
+    assert sync(store.get("absent", PROTOTYPE)) is None
+    assert sum(one.path.endswith("absent") for one in way.asked) == 1
+
+
+def test_an_object_that_is_replaced_between_its_parts_is_an_error(
+    s3: S3, way: Way, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(spool, "PART", 1000)
+    s3.bucket.put("replaced/object", bytes(3000))
+
+    def replace(method: str, path: str, before: int) -> None:
+        if before == 1:
+            s3.bucket.put("replaced/object", bytes([1]) * 3000)
+
+    way.fault = replace
+    store = SpooledStore(connect(s3.address("replaced"), s3.options()))
+    with pytest.raises(Exception, match=r"(?i)precondition|412"):
+        sync(store.get("object", PROTOTYPE))
+    assert ("object", None) not in store._spool

@@ -1,0 +1,347 @@
+"""`tomocpt-stream portal`: what the CZ CryoET Data Portal has, picking it, and its annotations."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from tomocpt_stream.request import PickRequest, pick_all
+from tomocpt_stream.terminal import count, warn
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    from tomocpt_stream.portal_queries import PortalAPI
+    from tomocpt_stream.portal_records import Selection, TomogramRecord
+
+COLUMNS = ("dataset", "run", "id", "size x y z", "Å", "processing", "method", "level", "GB")
+# What a run is measured against where nobody says how fast it is: an H100-class GPU, a fast link.
+WINDOWS_PER_SECOND, BYTES_PER_SECOND = 100.0, 100e6
+
+FLAG = click.Choice(["yes", "no", "unknown"])
+_FLAGS: dict[str, bool | str] = {"yes": True, "no": False, "unknown": "unknown"}
+
+
+@click.group("portal", short_help="List, pick and evaluate on the CZ CryoET Data Portal.")
+def portal() -> None:
+    """Work on the CZ CryoET Data Portal: list tomograms, pick them, fetch annotations.
+
+    Ids are given with or without their prefixes: CZCDP-10310, DS-10440, RN-1, TM-1. Nothing is
+    downloaded whole: tomograms are read from the portal's bucket as they are picked.
+    """
+
+
+def selection_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options that say which tomograms are meant."""
+    options = [
+        click.option("--deposition", multiple=True, metavar="ID", help="Deposition, such as CZCDP-10310."),
+        click.option("--dataset", multiple=True, metavar="ID", help="Dataset, such as DS-10440."),
+        click.option(
+            "--run", multiple=True, metavar="ID|NAME", help="Run: an id, a name or a glob of names."
+        ),
+        click.option("--tomogram", multiple=True, metavar="ID", help="Tomogram, such as TM-16531."),
+        click.option(
+            "--meaning",
+            type=click.Choice(["tomograms", "datasets", "annotations"]),
+            help="What a deposition means: its own tomograms, those of its datasets, or those that its "
+            "annotations lie on.  [default: the first of these that has any]",
+        ),
+        click.option(
+            "--voxel-spacing",
+            type=click.FloatRange(min=0, min_open=True),
+            metavar="Å",
+            help="Only this voxel spacing, within 0.01 Å.",
+        ),
+        click.option("--processing", multiple=True, metavar="KIND", help="raw, filtered, denoised, ..."),
+        click.option("--reconstruction", multiple=True, metavar="METHOD", help="WBP, SART, SIRT, ..."),
+        click.option("--organism", metavar="GLOB", help="Organism of the dataset."),
+        click.option("--standard", type=FLAG, help="Whether the portal calls it standard."),
+        click.option("--ctf-corrected", type=FLAG, help="Whether the CTF was corrected."),
+        click.option("--ground-truth-of", metavar="OBJECT", help="Only where there is ground truth of this."),
+        click.option(
+            "--near",
+            type=click.FloatRange(min=0, min_open=True),
+            metavar="Å",
+            help="Of a run's tomograms take one of the voxel spacing nearest to this.",
+        ),
+        click.option("--prefer", metavar="KINDS", help="Order of processings, such as denoised,raw."),
+        click.option("--all", "everything", is_flag=True, help="Take every tomogram, not one of each run."),
+        click.option(
+            "--selection",
+            type=click.Path(exists=True, dir_okay=False, path_type=Path),
+            metavar="FILE",
+            help="Take the tomograms that an earlier `portal list --manifest FILE` selected.",
+        ),
+        click.option(
+            "--refresh", is_flag=True, help="Ask the portal again, whatever was kept of its answers."
+        ),
+        click.option(
+            "--offline", is_flag=True, help="Use what was kept of the portal's answers, and no other."
+        ),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def chosen(settings: dict[str, Any], near: float | None = None) -> tuple[Selection, PortalAPI]:
+    """Take the options of `selection_options` out of `settings`; return what they select, and print notes."""
+    from tomocpt_stream.portal import PortalAPI, Selection, select_tomograms
+
+    api = PortalAPI(refresh=settings.pop("refresh"), offline=settings.pop("offline"))
+    kept, truth = settings.pop("selection"), settings.pop("ground_truth_of")
+    asked: dict[str, Any] = {
+        name: list(settings.pop(name)) or None
+        for name in ("deposition", "dataset", "run", "tomogram", "processing", "reconstruction")
+    }
+    asked |= {name: settings.pop(name) for name in ("meaning", "voxel_spacing", "organism")}
+    asked |= {name: _FLAGS.get(settings.pop(name) or "") for name in ("standard", "ctf_corrected")}
+    asked["has_ground_truth"] = truth
+    wanted, prefer, everything = settings.pop("near"), settings.pop("prefer"), settings.pop("everything")
+    if kept is not None:
+        if any(value is not None for value in asked.values()):
+            raise click.UsageError("--selection says which tomograms are meant; leave out the other options.")
+        selection = Selection.read(kept)
+    elif not any(asked[name] for name in ("deposition", "dataset", "run", "tomogram")):
+        raise click.UsageError(
+            "say what is meant: --deposition, --dataset, --run, --tomogram or --selection."
+        )
+    else:
+        if not everything:
+            asked |= {"near": wanted or near, "prefer": prefer.split(",") if prefer else None}
+        selection = select_tomograms(**asked, all=everything, api=api)
+    for note in selection.notes:
+        click.echo(note, err=True)
+    for tie in selection.ties:
+        if tie not in selection.notes:
+            warn(tie)
+    return selection, api
+
+
+@portal.command("list", short_help="List tomograms, with sizes and totals.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--csv", "as_csv", is_flag=True, help="Print CSV.")
+@click.option("--left-out", is_flag=True, help="Say of each tomogram that was left out why.")
+@click.option(
+    "--manifest",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Keep the selection for later runs (--selection FILE).",
+)
+@click.option("--level", type=click.IntRange(0, 2), default=0, help="Level whose bytes are counted.")
+@click.option(
+    "--diameter",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="Å",
+    help="Count windows for a particle.",
+)
+@selection_options
+def list_command(**settings: Any) -> None:
+    """List the tomograms that would be picked, what they hold and what reading them takes.
+
+    The time is that of 100 windows and 100 MB a second, whichever takes longer. No voxel is read.
+    """
+    from tomocpt_stream.portal import summary
+
+    level, diameter = settings["level"], settings["diameter"]
+    working = None if diameter is None else diameter / 20
+    selection, _ = chosen(settings, near=working)
+    if settings["manifest"] is not None:
+        selection.write(settings["manifest"])
+    total = summary(
+        selection,
+        level=level,
+        voxel_size=working,
+        windows_per_second=WINDOWS_PER_SECOND,
+        bytes_per_second=BYTES_PER_SECOND,
+    )
+    if settings["as_json"]:
+        click.echo(json.dumps({**selection.to_json(), "summary": total}, indent=1))
+    elif settings["as_csv"]:
+        text = io.StringIO()
+        csv.writer(text).writerows([COLUMNS, *_rows(selection.records, level)])
+        click.echo(text.getvalue(), nl=False)
+    else:
+        _print_table(COLUMNS, _rows(selection.records, level))
+        click.echo(
+            f"{count(total['tomograms'], 'tomogram')} of {count(total['runs'], 'run')} in "
+            f"{count(total['datasets'], 'dataset')}: {total['bytes'] / 1e9:.1f} GB to read at level {level} "
+            f"({total['bytes_stored'] / 1e9:.1f} GB stored), {total['windows']} windows, about "
+            f"{total['seconds'] / 3600:.1f} h"
+        )
+        _say_left_out(selection, each=settings["left_out"])
+
+
+def _rows(records: Iterable[TomogramRecord], level: int) -> list[tuple[str, ...]]:
+    return [
+        (
+            f"DS-{record.dataset_id}",
+            record.run,
+            f"TM-{record.id}",
+            " ".join(map(str, record.size)),
+            f"{record.voxel_spacing:.3f}",
+            record.processing,
+            record.reconstruction,
+            str(level if record.s3_zarr else 0),
+            f"{record.bytes_at(level if record.s3_zarr else 0) / 1e9:.3f}",
+        )
+        for record in records
+    ]
+
+
+def _say_left_out(selection: Selection, *, each: bool) -> None:
+    if each:
+        for out in selection.left_out:
+            click.echo(f"left out: TM-{out.record.id} of {out.record.run}: {out.why}")
+    elif selection.left_out:
+        reasons = Counter(out.why for out in selection.left_out).most_common(5)
+        said = "; ".join(f"{number} because {why}" for why, number in reasons)
+        click.echo(f"{len(selection.left_out)} left out (--left-out names them): {said}")
+
+
+def _print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    table = Table(*columns, box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(*row)
+    console = Console(file=sys.stdout)
+    if not console.is_terminal:
+        console.width = 10_000  # a file is not cut at the width of a terminal that is not there
+    console.print(table, highlight=False, crop=False)
+
+
+@portal.command("pick", short_help="Pick the tomograms of a deposition, dataset or run.")
+@click.option("--diameter", type=click.FloatRange(min=0, min_open=True), required=True, metavar="Å")
+@click.option(
+    "--output",
+    type=click.Path(file_okay=False, path_type=Path),
+    required=True,
+    metavar="DIR",
+    help="One STAR a tomogram, with selection.json, citations.md and citations.bib.",
+)
+@click.option("--contrast", type=click.Choice(["dark", "bright"]), default="dark", help="How protein looks.")
+@click.option("--threshold", type=click.FloatRange(0, 1), default=0.3, help="Least score of a pick, 0 to 1.")
+@click.option("--min-distance", type=click.FloatRange(min=0), metavar="Å", help="[default: 0.75 diameter]")
+@click.option("--margin", type=click.FloatRange(min=0), default=0.0, metavar="Å", help="Keep off the faces.")
+@click.option("--mask-object", metavar="OBJECT", help="Pick only where this was segmented, such as membrane.")
+@click.option(
+    "--coarsest-level", is_flag=True, help="Read the coarsest level that is as fine as the working voxels."
+)
+@click.option("--format", "star", type=click.Choice(["relion31", "relion5"]), default="relion31")
+@click.option("--scratch", metavar="DIR|ADDRESS", help="Keep working volumes and maps; a killed run goes on.")
+@click.option("--picker", default="base", metavar="NAME|FILE", help="The shipped picker or a picker file.")
+@click.option("--device", default="auto", metavar="DEVICE", help="auto, cpu, cuda.")
+@click.option("--memory", metavar="SIZE", help='Memory budget, such as "4 GB".')
+@click.option("--workers", type=click.IntRange(min=1), metavar="N", help="Processes on this machine.")
+@click.option("--scheduler", metavar="ADDRESS|FILE", help="A running dask cluster.")
+@click.option("--picture/--no-picture", default=True, help="Draw three slices with the picks.")
+@selection_options
+def pick_command(output: Path, mask_object: str | None, **settings: Any) -> None:
+    """Pick particles in the selected tomograms, which are read from the portal's bucket as they are picked.
+
+    One tomogram of each run is taken, by default one of the voxel spacing nearest to diameter / 20.
+    One that cannot be picked is reported with its reason, the others are done, and the exit code is 1.
+    """
+    from tomocpt_stream.annotation_files import tomogram_names
+    from tomocpt_stream.citations import as_bibtex, as_table, citations
+    from tomocpt_stream.portal_records import write_whole
+
+    selection, api = chosen(settings, near=settings["diameter"] / 20)
+    names = tomogram_names(selection.records)
+    masks = {} if mask_object is None else _masks(selection, mask_object, api)
+    click.echo(f"{count(len(selection), 'tomogram')} -> {output}")
+    output.mkdir(parents=True, exist_ok=True)
+    selection.write(output / "selection.json")
+    found = citations(selection.records, api=api)
+    write_whole(output / "citations.md", as_table(found))
+    write_whole(output / "citations.bib", as_bibtex(found))
+    taken = [record for record in selection.records if mask_object is None or names[record.id] in masks]
+    sources = {record.source or names[record.id]: record for record in taken}
+    pick_all(
+        PickRequest(
+            tomograms=tuple(sources),
+            records=sources,
+            names={source: names[record.id] for source, record in sources.items()},
+            masks={source: masks.get(names[record.id]) for source, record in sources.items()},
+            output=f"{output}/",
+            stitch="hann",
+            tta=False,
+            batch_size=4,
+            level="coarsest" if settings.pop("coarsest_level") else "given",
+            **settings,
+        )
+    )
+
+
+def _masks(selection: Selection, wanted: str, api: PortalAPI) -> dict[str, str]:
+    """Return the address of the mask of each tomogram; those without one are named."""
+    from tomocpt_stream.annotation_files import tomogram_names
+    from tomocpt_stream.portal import find_masks
+
+    masks = find_masks(selection.records, object=wanted, api=api)
+    lacking = [name for name in tomogram_names(selection.records).values() if name not in masks]
+    if lacking:
+        warn(f"no {wanted} was segmented on {', '.join(lacking)}: not picked")
+    return masks
+
+
+@portal.command("annotations", short_help="Fetch points that people put on tomograms, as STAR files.")
+@click.option("--object", "wanted", metavar="NAME|ID", help="Object: a name with wildcards, or GO:...")
+@click.option("--ground-truth/--not-ground-truth", default=None, help="Only what is (not) ground truth.")
+@click.option("--method", metavar="METHOD", help="manual, automated, hybrid, simulated, or a method's name.")
+@click.option(
+    "--shape", type=click.Choice(["OrientedPoint", "Point", "InstanceSegmentation"]), help="Kind of points."
+)
+@click.option(
+    "--output",
+    metavar="FILE|DIR",
+    help="A .star file takes all points; a folder gets one .star for each tomogram.  [default: only a table]",
+)
+@selection_options
+def annotations_command(wanted: str | None, output: str | None, **settings: Any) -> None:
+    """List the points of an object on the selected tomograms; with --output, write them as STAR files.
+
+    Coordinates are voxels of the tomogram's level 0. Annotations on another alignment are refused. A
+    citations.md goes beside the points.
+    """
+    from tomocpt_stream.annotation_files import Wanted
+    from tomocpt_stream.citations import as_table, citations
+    from tomocpt_stream.formats import write_picks
+    from tomocpt_stream.pipeline import safe_name
+    from tomocpt_stream.portal_annotations import fetch_picks
+    from tomocpt_stream.portal_records import write_whole
+
+    truth, method, shape = (settings.pop(name) for name in ("ground_truth", "method", "shape"))
+    selection, api = chosen(settings)
+    found = fetch_picks(
+        selection.records,
+        Wanted(object=wanted, ground_truth=truth, method=method),
+        shape=shape,
+        missing="skip",
+        api=api,
+    )
+    for note in found.notes:
+        warn(note)
+    rows = [(name, picks.particle or "", str(len(picks))) for name, picks in found.picks.items()]
+    _print_table(("tomogram", "object", "points"), rows)
+    click.echo(f"{count(sum(map(len, found.picks.values())), 'point')} on {count(len(rows), 'tomogram')}")
+    if output is None:
+        return
+    place = Path(output)
+    folder = place.parent if place.suffix == ".star" else place
+    folder.mkdir(parents=True, exist_ok=True)
+    if place.suffix == ".star":
+        write_picks(found.picks, place)
+    else:
+        for name, picks in found.picks.items():
+            write_picks(picks, place / f"{safe_name(name)}.star")
+    write_whole(folder / "citations.md", as_table(citations(selection.records, found.annotations, api=api)))
+    click.echo(f"points -> {output}")
