@@ -51,6 +51,16 @@ def test_the_package_loads_nothing_heavy() -> None:
     assert found["handlers"] == 0
 
 
+def test_rooms_whose_names_keep_the_rooms_name() -> None:
+    found = probe(
+        "tomocpt_stream", "tomocpt_stream.portal.find_tomograms; tomocpt_stream.portal.TomogramRecord"
+    )
+    assert not (HEAVY - {"dask"}) & set(found["modules"])  # type: ignore[call-overload]
+    assert tomocpt_stream.cluster.local_cluster.__module__ == "tomocpt_stream.cluster"
+    with pytest.raises(AttributeError, match="no attribute 'cellar'"):
+        _ = tomocpt_stream.cellar
+
+
 def test_help_of_every_command_loads_nothing_heavy() -> None:
     then = """
 from click.testing import CliRunner

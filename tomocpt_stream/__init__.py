@@ -10,6 +10,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from tomocpt_stream import cluster as cluster
+    from tomocpt_stream import portal as portal
     from tomocpt_stream.blocks import BlockPlan as BlockPlan
     from tomocpt_stream.blocks import Task as Task
     from tomocpt_stream.blocks import Window as Window
@@ -69,6 +71,8 @@ _HOME = {
     "training": ("train",),
     "volume": ("Volume", "ingest", "open_volume"),
 }
+# Modules whose names are public with the module's own in front: portal.find_tomograms.
+_ROOMS = ("cluster", "portal")
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = sorted(_MODULE_OF)
@@ -76,6 +80,8 @@ __all__ = sorted(_MODULE_OF)
 
 def __getattr__(name: str) -> object:
     """Load the module that a public name lives in."""
+    if name in _ROOMS:
+        return import_module(f"{__name__}.{name}")
     if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
