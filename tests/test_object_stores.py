@@ -96,6 +96,15 @@ def test_each_chunk_comes_once_and_many_at_a_time(
     assert tomogram.traffic.bytes >= stored["0"]
 
 
+def test_cubes_of_256_voxels_are_read_as_any_others(s3: S3, way: Way, tmp_path: Path) -> None:
+    # As the portal has them, whatever the size of the tomogram.
+    s3.bucket.put_folder(portal_zarr(tmp_path / "cubes.zarr", VOXELS, 10.0, chunk=256), "cubes.zarr")
+    ours = ingest(opened(s3, "cubes.zarr"), tmp_path / "a", voxel_size=13.0)
+    theirs = ingest(open_tomogram(tmp_path / "cubes.zarr"), tmp_path / "b", voxel_size=13.0)
+    np.testing.assert_array_equal(ours.array[:], theirs.array[:])
+    assert [one.path.rpartition("cubes.zarr")[2] for one in way.data()] == ["/0/0/0/0"]
+
+
 def test_a_cache_of_no_room_fetches_again_and_changes_nothing(
     s3: S3, way: Way, stored: dict[str, int]
 ) -> None:
