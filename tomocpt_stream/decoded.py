@@ -55,16 +55,23 @@ class DecodedChunks:
                     return self._kept[key]
             try:
                 found = decode()
-            finally:
+            except BaseException:
                 with self._lock:
-                    self._decoding.pop(key, None)
+                    self._done(key, decoding)
+                raise
             with self._lock:
-                if found.nbytes <= self._limit:
+                self._done(key, decoding)
+                # Those who waited for one that failed do not wait for each other.
+                if key not in self._kept and found.nbytes <= self._limit:
                     self._kept[key] = found
                     self._bytes += found.nbytes
                 while self._bytes > self._limit:
                     self._bytes -= self._kept.popitem(last=False)[1].nbytes
         return found
+
+    def _done(self, key: Hashable, decoding: threading.Lock) -> None:
+        if self._decoding.get(key) is decoding:
+            del self._decoding[key]
 
 
 DECODED = DecodedChunks()

@@ -12,6 +12,7 @@ import os
 import socket
 import tempfile
 import threading
+import time
 import weakref
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,8 @@ import numpy.typing as npt
 from zarr.core.sync import sync
 
 from tomocpt_stream.errors import ActionableError, BrokenSourceError, SourceError
+from tomocpt_stream.patience import PATIENCE, TRIES
+from tomocpt_stream.remote import ReplacedError, first_line
 from tomocpt_stream.spool import PART, REQUESTS, Traffic, write_at
 
 if TYPE_CHECKING:
@@ -180,30 +183,35 @@ class RemoteFile:
         self._coming.pop(block, None)
 
     async def _bring(self, block: int) -> None:
-        found = await self._part(block * PART, min(self.size, (block + 1) * PART), self._etag)
+        async with self._free:  # until it is written: a slow disk must not fill the memory
+            found = await self._part(block * PART, min(self.size, (block + 1) * PART), self._etag)
+            if found is not None and found[1] == self.size:
+                await asyncio.to_thread(self._keep, found[0], block)
         if found is None or found[1] != self.size:
             raise BrokenSourceError(
                 f"{self} was replaced or deleted while it was read",
                 expected=f"the object of {self.size} bytes that was opened",
                 remedy="leave it as it is until the end, and run again",
             )
-        await asyncio.to_thread(self._keep, found[0], block)
 
     async def _part(self, start: int, stop: int, etag: str | None) -> tuple[bytes, int, str | None] | None:
-        for tries in range(3):
+        """Return bytes of the object, its size and its tag; None where it is gone or another one."""
+        for tries in range(1, TRIES + 1):
+            began = time.monotonic()
             try:
-                async with self._free:
-                    found = await self._store.part(self._name, start, stop, etag)
+                found = await self._store.part(self._name, start, stop, etag)
             except ActionableError:
                 raise
+            except ReplacedError:
+                return None
             except Exception as error:
-                if tries == 2:
+                if tries == TRIES or time.monotonic() - began > PATIENCE:
                     raise SourceError(
-                        f"bytes {start} to {stop} of {self} could not be fetched ({error})",
+                        f"bytes {start} to {stop} of {self} could not be fetched ({first_line(error)})",
                         expected="a store that answers",
                         remedy="check the connection and run again: what is done is kept",
                     ) from error
-                await asyncio.sleep(0.2 * 4**tries)
+                await asyncio.sleep(0.05 * 4**tries)
             else:
                 self.traffic.add(0 if found is None else len(found[0]))
                 return found

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -56,7 +56,7 @@ class Place:
     voxel_sizes: Triple | None = None
     scale: Triple = (1.0, 1.0, 1.0)
     shift: Triple = (0.0, 0.0, 0.0)
-    levels: tuple[float, ...] = ()
+    levels: tuple[float, ...] = field(default=(), compare=False)  # of the file, not of the array
 
 
 def open_zarr(

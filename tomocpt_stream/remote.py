@@ -16,7 +16,14 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
 import obstore
-from obstore.exceptions import BaseError, GenericError, PermissionDeniedError, UnauthenticatedError
+from obstore.exceptions import (
+    BaseError,
+    GenericError,
+    NotSupportedError,
+    PermissionDeniedError,
+    PreconditionError,
+    UnauthenticatedError,
+)
 from obstore.store import from_url
 from zarr.storage import ObjectStore, WrapperStore
 
@@ -25,6 +32,7 @@ from tomocpt_stream.errors import SourceError
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Mapping
     from typing import TypeVar
+    from urllib.parse import SplitResult
 
     from obstore import GetOptions
     from zarr.abc.store import ByteRequest
@@ -64,6 +72,7 @@ _ALIASES = {
     "aws_secret_access_key": "secret_access_key",
     "aws_session_token": "session_token",
 }
+_UNSATISFIED = "416 Range Not Satisfiable"
 _TIMES = ("retry_timeout", "max_retries", "connect_timeout", "timeout")
 # Whichever of these is set, the environment has something to sign requests with.
 _SIGNS = {
@@ -76,6 +85,8 @@ _SIGNS = {
     "google": ("GOOGLE_SERVICE_ACCOUNT", "GOOGLE_SERVICE_ACCOUNT_KEY", "GOOGLE_APPLICATION_CREDENTIALS"),
     "azure": ("AZURE_STORAGE_ACCOUNT_KEY", "AZURE_STORAGE_SAS_KEY", "AZURE_STORAGE_CLIENT_ID"),
 }
+# So are options called that have something to sign requests with.
+_CREDENTIAL = re.compile("key|secret|token|credential|service_account|client_id|azure_cli|emulator")
 _GOOGLE_LOGIN = Path(".config", "gcloud", "application_default_credentials.json")
 
 
@@ -83,6 +94,16 @@ class ForbiddenError(SourceError):
     """A store that refuses an object, or does not want to say that it has none."""
 
     final = True
+
+
+class NoRangesError(SourceError):
+    """A web server that sends whole objects only."""
+
+    final = True
+
+
+class ReplacedError(OSError):
+    """An object that is another one than when its first bytes were read."""
 
 
 class RemoteStore(WrapperStore[ObjectStore[Any]]):
@@ -109,24 +130,38 @@ class RemoteStore(WrapperStore[ObjectStore[Any]]):
     ) -> tuple[bytes, int, str | None] | None:
         """Return bytes `start` to `stop` of an object, its size and its tag; None where there is none.
 
-        With `etag` an object that was replaced since is an error.
+        With `etag` an object that was replaced since is a ReplacedError.
         """
         options: GetOptions = {"range": (start, stop)}
-        if etag is not None:
+        if etag is not None and not etag.startswith("W/"):  # no object matches a weak tag
             options["if_match"] = etag
         try:
             found = await self._asked(key, obstore.get_async(self._store.store, key, options=options))
             data = (await self._asked(key, found.bytes_async())).to_bytes()
         except FileNotFoundError:
             return None
-        except GenericError:
+        except PreconditionError as error:
+            raise ReplacedError(f"{key} was replaced while it was read") from error
+        except NotSupportedError as error:
+            raise NoRangesError(
+                f"the server of {self.address} sends {key!r} whole, or not at all",
+                expected="one that answers requests for ranges of bytes",
+                remedy="check the address, or copy the file to a disk",
+            ) from error
+        except GenericError as error:
             # A range of an empty object cannot be satisfied.
-            if start == 0 and await self._asked(key, self._store.getsize(key)) == 0:
+            if (
+                start == 0
+                and _UNSATISFIED in str(error)
+                and await self._asked(key, self._store.getsize(key)) == 0
+            ):
                 return b"", 0, None
             raise
         size = int(found.meta["size"])
         if len(data) != min(stop, size) - start:
             raise OSError(f"{len(data)} bytes where {min(stop, size) - start} were to come")
+        if etag is not None and found.meta["e_tag"] != etag:
+            raise ReplacedError(f"{key} was replaced while it was read")
         return data, size, found.meta["e_tag"]
 
     async def exists(self, key: str) -> bool:
@@ -181,7 +216,7 @@ def connect(address: str, options: Mapping[str, Any] | None = None, *, read_only
     Raises
     ------
     SourceError
-        An unknown scheme or option, or no bucket or host.
+        An unknown scheme or option, no bucket or host, or a password in the address.
     """
     parts = urlsplit(address)
     cloud = SCHEMES.get(parts.scheme.lower())
@@ -191,17 +226,12 @@ def connect(address: str, options: Mapping[str, Any] | None = None, *, read_only
             expected=f"a path, or an address that starts with {', '.join(f'{name}://' for name in SCHEMES)}",
             remedy="check its spelling",
         )
-    if parts.query or parts.fragment:
-        raise SourceError(
-            f"the address {address} has a query or a fragment",
-            expected="a plain address, below which objects have addresses of their own",
-            remedy="leave out what follows the ? or #; pass credentials in storage_options",
-        )
+    _refuse_secrets(parts, cloud)
     given = {_ALIASES.get(name, name): value for name, value in (options or {}).items()}
-    times = {name: float(given.pop(name)) for name in _TIMES if name in given}
-    config = {**_defaults(cloud, parts.netloc), **{name: _word(value) for name, value in given.items()}}
-    root = f"{parts.scheme.lower()}://{parts.netloc}{_quoted(parts.path)}".rstrip("/")
+    root = f"{parts.scheme.lower()}://{parts.netloc}{parts.path}".rstrip("/")
     try:
+        times = {name: float(given.pop(name)) for name in _TIMES if name in given}
+        config = {**_defaults(cloud, parts.netloc, given), **given}
         make: Any = from_url  # which options there are depends on the scheme
         store = make(
             root,
@@ -217,9 +247,9 @@ def connect(address: str, options: Mapping[str, Any] | None = None, *, read_only
                 },
             },
         )
-    except (BaseError, TypeError, ValueError) as error:
+    except (BaseError, TypeError, ValueError, OverflowError) as error:
         raise SourceError(
-            f"there is no way to {address} with these options ({error})",
+            f"there is no way to {address} with these options ({first_line(error)})",
             expected="options of obstore's stores, such as region, endpoint, access_key_id, skip_signature",
             remedy="check the address and storage_options",
         ) from error
@@ -232,28 +262,39 @@ def parent(address: str) -> tuple[str, str]:
     return folder, unquote(name)
 
 
-def _quoted(path: str) -> str:
-    # An address copied from a browser has %20 for a blank; obstore encodes by itself.
-    return unquote(path) if "%" in path else path
+def first_line(error: Exception) -> str:
+    """Return what an error says, without the pages that obstore adds."""
+    return str(error).strip().partition("\n")[0][:300]
 
 
-def _word(value: object) -> object:
-    return str(value) if isinstance(value, os.PathLike) else value
+def _refuse_secrets(parts: SplitResult, cloud: str) -> None:
+    """Refuse what would be a part of the address in messages and receipts; do not repeat it."""
+    place = parts.netloc.rpartition("@")[2]
+    if parts.password is not None or (cloud == "web" and place != parts.netloc):
+        raise SourceError(
+            f"the address {parts.scheme}://{place}{parts.path} has a user or a password before its host",
+            expected="a plain address",
+            remedy="leave them out; pass credentials in storage_options",
+        )
+    if parts.query or parts.fragment:
+        raise SourceError(
+            f"the address {parts.scheme}://{parts.netloc}{parts.path} has a query or a fragment",
+            expected="a plain address, below which objects have addresses of their own",
+            remedy="leave out what follows the ? or #, or write %3F or %23 where that is in a name; pass "
+            "credentials in storage_options",
+        )
 
 
-def _defaults(cloud: str, place: str) -> dict[str, Any]:
-    """Return the options of a cloud that follow from the place and from what the environment says."""
+def _defaults(cloud: str, place: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of a cloud that follow from place, options and what the environment says."""
     if cloud == "web":
         return {}
-    found: dict[str, Any] = {}
-    if cloud == "aws":
-        if place == PORTAL_BUCKET:
-            return {"skip_signature": True, "region": os.environ.get("AWS_REGION", PORTAL_REGION)}
-        profile = {} if _signs(cloud) else _profile()
-        found = {**profile}
-        if "access_key_id" in profile:
-            return found
-    if not _signs(cloud):
+    if cloud == "aws" and place == PORTAL_BUCKET:
+        return {"skip_signature": True, "region": PORTAL_REGION}  # wherever the others of AWS_REGION are
+    found: dict[str, Any] = _profile() if cloud == "aws" else {}
+    if _signs(cloud) or any(_CREDENTIAL.search(name) for name in given):
+        return {name: found[name] for name in ("region",) if name in found}
+    if "access_key_id" not in found:
         found["skip_signature"] = True
     return found
 
@@ -279,11 +320,13 @@ def _profile() -> dict[str, str]:
         parser = configparser.RawConfigParser()
         try:
             parser.read(path)
-        except configparser.Error:
+        except (configparser.Error, UnicodeError):
             continue
         if parser.has_section(section):
             found = {**dict(parser.items(section)), **found}
-    wanted = ("aws_access_key_id", "aws_secret_access_key", "aws_session_token", "region")
+    wanted = ["aws_access_key_id", "aws_secret_access_key", "aws_session_token"]
+    if not any(os.environ.get(name) for name in ("AWS_REGION", "AWS_DEFAULT_REGION")):
+        wanted.append("region")
     return {_ALIASES.get(key, key): found[key] for key in wanted if key in found}
 
 

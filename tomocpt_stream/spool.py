@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from zarr.core.buffer import default_buffer_prototype
 from zarr.storage import WrapperStore
 
-from tomocpt_stream.remote import RemoteStore
+from tomocpt_stream.remote import NoRangesError, RemoteStore, ReplacedError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -127,6 +127,10 @@ class Kept:
     start: int
     size: int
 
+    def read(self) -> bytes:
+        """Return what was put there, also where the spool has forgotten it meanwhile."""
+        return _read(self.half.file, self.start, self.size)
+
     def write(self, data: bytes, at: int = 0) -> bool:
         """Put bytes at a place of the room; return whether that went well."""
         try:
@@ -153,7 +157,9 @@ class SpooledStore(WrapperStore[RemoteStore]):
         self._spool = Spool(self._limit)
         self._sizes: dict[str, int] = {}
         self._absent: set[Label] = set()
-        self._coming: dict[Label, asyncio.Task[bytes | None]] = {}
+        self._coming: dict[Label, asyncio.Task[bytes | Kept | None]] = {}
+        self._keeps = self._limit > 0
+        self._ranges = True
         self._free = asyncio.Semaphore(REQUESTS)
 
     def __str__(self) -> str:
@@ -161,7 +167,7 @@ class SpooledStore(WrapperStore[RemoteStore]):
 
     def __getstate__(self) -> dict[str, Any]:
         """Keep the address; what was fetched belongs to one process."""
-        lost = ("traffic", "_spool", "_sizes", "_absent", "_coming", "_free")
+        lost = ("traffic", "_spool", "_sizes", "_absent", "_coming", "_free", "_keeps", "_ranges")
         return {name: value for name, value in self.__dict__.items() if name not in lost}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -181,13 +187,12 @@ class SpooledStore(WrapperStore[RemoteStore]):
             self.traffic.add(0 if found is None else len(found))
             return found
         label = (key, byte_range)
-        while label not in self._absent:
-            kept = await asyncio.to_thread(self._spool.get, label)
-            if kept is None:
-                kept = await self._fetched(label)
-            if kept is not None:
-                return prototype.buffer.from_bytes(kept)
-        return None
+        if label in self._absent:
+            return None
+        found = await asyncio.to_thread(self._spool.get, label) or await self._fetched(label)
+        if isinstance(found, Kept):
+            found = await asyncio.to_thread(found.read)
+        return None if found is None else prototype.buffer.from_bytes(found)
 
     async def getsize(self, key: str) -> int:
         """Return the bytes of an object; it is asked for once."""
@@ -199,8 +204,11 @@ class SpooledStore(WrapperStore[RemoteStore]):
     async def fetch(self, keys: Iterable[str]) -> None:
         """Have whole objects on the disk; so many are asked for at once as the bound allows.
 
-        What fails is left for `get` to ask for again, and to say why.
+        What fails is left for `get` to ask for again, and to say why. Nothing is fetched once there was
+        no room for an object, which would have to come a second time.
         """
+        if not self._keeps:
+            return
 
         async def one(label: Label) -> None:
             with suppress(Exception):
@@ -211,8 +219,8 @@ class SpooledStore(WrapperStore[RemoteStore]):
             *(one(label) for label in wanted if label not in self._spool and label not in self._absent)
         )
 
-    async def _fetched(self, label: Label) -> bytes | None:
-        """Fetch an object; return its bytes unless it is on the disk or absent.
+    async def _fetched(self, label: Label) -> bytes | Kept | None:
+        """Fetch an object; return its bytes, or where they are on the disk; None where it is absent.
 
         Those who ask while it is under way wait for the same answer.
         """
@@ -222,38 +230,51 @@ class SpooledStore(WrapperStore[RemoteStore]):
             task.add_done_callback(lambda _: self._coming.pop(label, None))
         return await asyncio.shield(task)
 
-    async def _ask(self, label: Label) -> bytes | None:
+    async def _ask(self, label: Label) -> bytes | Kept | None:
         key, byte_range = label
         if byte_range is not None:
             return await self._ask_for_range(label)
-        first = await self._part(key, 0, PART)
-        if first is None:
-            self._absent.add(label)
-            return None
-        data, size, etag = first
-        kept = self._spool.reserve(label, size)
-        write = None if kept is None else kept.write
-        whole = bytearray(size if kept is None else 0)
+        async with self._free:
+            first = await self._first(key)
+            if first is None:
+                self._absent.add(label)
+                return None
+            data, size, etag = first
+            kept = self._spool.reserve(label, size)
+            self._keeps = self._keeps and kept is not None
+            whole = bytearray(size if kept is None else 0)
 
-        async def take(found: bytes, at: int) -> None:
-            if write is None:
-                whole[at : at + len(found)] = found
-            elif not await asyncio.to_thread(write, found, at):
-                raise OSError(f"no room for {key} in the temporary folder {tempfile.gettempdir()}")
+            async def take(found: bytes, at: int) -> None:
+                if kept is None:
+                    whole[at : at + len(found)] = found
+                elif not await asyncio.to_thread(kept.write, found, at):
+                    raise OSError(f"no room for {key} in the temporary folder {tempfile.gettempdir()}")
 
-        async def bring(start: int) -> None:
-            more = await self._part(key, start, min(size, start + PART), etag)
-            if more is None or more[1] != size:
-                raise OSError(f"{key} was replaced while it was read")
-            await take(more[0], start)
+            async def bring(start: int) -> None:
+                async with self._free:  # until it is written: a slow disk must not fill the memory
+                    more = await self._part(key, start, min(size, start + PART), etag)
+                    if more is None or more[1] != size:
+                        raise ReplacedError(f"{key} was replaced while it was read")
+                    await take(more[0], start)
 
-        await take(data, 0)
-        del data, first
-        await asyncio.gather(*(bring(start) for start in range(PART, size, PART)))
+            await take(data, 0)
+            here = len(data)
+            del data, first
+        await asyncio.gather(*(bring(start) for start in range(here, size, PART)))
         if kept:
             self._spool.commit(kept)
-            return None
+            return kept
         return bytes(whole)
+
+    async def _first(self, key: str) -> tuple[bytes, int, str | None] | None:
+        """Fetch the first part of an object, or all of it from a server that gives no parts."""
+        with suppress(NoRangesError):
+            if self._ranges:
+                return await self._part(key, 0, PART)
+        self._ranges = False
+        found = await self._store.get(key, default_buffer_prototype())
+        self.traffic.add(0 if found is None else len(found))
+        return None if found is None else (found.to_bytes(), len(found), None)
 
     async def _ask_for_range(self, label: Label) -> bytes | None:
         """Fetch a part of a shard."""
@@ -275,8 +296,7 @@ class SpooledStore(WrapperStore[RemoteStore]):
     async def _part(
         self, key: str, start: int, stop: int, etag: str | None = None
     ) -> tuple[bytes, int, str | None] | None:
-        async with self._free:
-            found = await self._store.part(key, start, stop, etag)
+        found = await self._store.part(key, start, stop, etag)
         self.traffic.add(0 if found is None else len(found[0]))
         return found
 
