@@ -84,6 +84,36 @@ def test_a_failed_chunk_is_tried_again() -> None:
     assert chunks.get("a", lambda: ARRAY) is ARRAY
 
 
+def test_those_who_waited_for_a_failed_one_are_counted_once() -> None:
+    chunks = DecodedChunks()
+    chunks.keep(150)
+    failing, fail, decoding, decode = (threading.Event() for _ in range(4))
+
+    def bad() -> Any:
+        failing.set()
+        assert fail.wait(30)
+        raise IndexError
+
+    def slow() -> Any:
+        decoding.set()
+        assert decode.wait(30)
+        return ARRAY.copy()
+
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(chunks.get, "a", bad)
+        assert failing.wait(30)
+        second = pool.submit(chunks.get, "a", slow)
+        fail.set()
+        with pytest.raises(IndexError):
+            first.result(30)
+        assert decoding.wait(30)
+        chunks.get("a", ARRAY.copy)
+        decode.set()
+        second.result(30)
+    assert chunks.get("a", lambda: ARRAY) is not ARRAY  # still kept
+    assert (chunks._bytes, len(chunks._kept), chunks._decoding) == (100, 1, {})
+
+
 def test_an_ingestion_decodes_each_large_chunk_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(zarrays, "LARGE_CHUNK", 0)
     monkeypatch.setattr("tomocpt_stream.tiles.TILE_BYTES", 4 * 64 * 90 * 90)  # several tiles

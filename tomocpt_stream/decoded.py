@@ -45,6 +45,9 @@ class DecodedChunks:
     def get(self, key: Hashable, decode: Callable[[], npt.NDArray[Any]]) -> npt.NDArray[Any]:
         """Return the array of a key, which nobody may write to; `decode` makes it where it is not kept."""
         with self._lock:
+            if key in self._kept:
+                self._kept.move_to_end(key)
+                return self._kept[key]
             decoding = self._decoding.setdefault(key, threading.Lock()) if self._limit else None
         if decoding is None:
             return decode()
