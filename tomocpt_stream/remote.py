@@ -6,11 +6,14 @@ after a time-out, a dropped connection, a 5xx or a "slow down", with growing ran
 
 from __future__ import annotations
 
+import atexit
 import configparser
 import os
 import re
 import sys
+import time
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
@@ -253,7 +256,15 @@ def connect(address: str, options: Mapping[str, Any] | None = None, *, read_only
             expected="options of obstore's stores, such as region, endpoint, access_key_id, skip_signature",
             remedy="check the address and storage_options",
         ) from error
+    _pause_at_exit()
     return RemoteStore(ObjectStore(store, read_only=read_only), address.rstrip("/"))
+
+
+@cache
+def _pause_at_exit() -> None:
+    # A thread of obstore that lets go of its last answer while Python ends aborts the process, which is
+    # then taken for one that failed.
+    atexit.register(time.sleep, 0.1)
 
 
 def parent(address: str) -> tuple[str, str]:
