@@ -189,10 +189,11 @@ class SpooledStore(WrapperStore[RemoteStore]):
         label = (key, byte_range)
         if label in self._absent:
             return None
-        found = await asyncio.to_thread(self._spool.get, label) or await self._fetched(label)
-        if isinstance(found, Kept):
-            found = await asyncio.to_thread(found.read)
-        return None if found is None else prototype.buffer.from_bytes(found)
+        kept = await asyncio.to_thread(self._spool.get, label)
+        data = await self._fetched(label) if kept is None else kept
+        if isinstance(data, Kept):
+            data = await asyncio.to_thread(data.read)
+        return None if data is None else prototype.buffer.from_bytes(data)
 
     async def getsize(self, key: str) -> int:
         """Return the bytes of an object; it is asked for once."""
