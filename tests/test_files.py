@@ -90,13 +90,25 @@ def test_a_file_beyond_its_end_is_not_read(file: RemoteFile) -> None:
 def test_another_file_in_its_place_is_an_error(file: RemoteFile, s3: S3) -> None:
     file.confirm()
     s3.bucket.put("files/a.bin", bytes(file.size))
-    with pytest.raises(SourceError, match=r"files/a\.bin"):
+    with pytest.raises(BrokenSourceError, match=r"files/a\.bin was replaced"):
         planes(file, 10, 11)
-    with pytest.raises(SourceError, match=r"files/a\.bin"):
+    with pytest.raises(BrokenSourceError, match=r"another object, or none, at .*files/a\.bin"):
         file.confirm()
     s3.bucket.client.delete_object(Bucket=s3.bucket.name, Key="files/a.bin")
     with pytest.raises(BrokenSourceError, match="another object, or none"):
         file.confirm()
+
+
+def test_what_took_long_is_not_asked_for_again(
+    file: RemoteFile, way: Way, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "PATIENCE", 0.0)  # the store has been patient by itself
+    way.asked.clear()
+    way.fault = lambda *_: "503"
+    with pytest.raises(SourceError, match=r"bytes 40960 to 45056 of .*a\.bin .*503") as caught:
+        planes(file, 10, 11, slice(0, 1))
+    assert "\n" not in str(caught.value)
+    assert len(way.asked) == 1 + 3  # max_retries of the fixture's options
 
 
 def test_a_full_temporary_folder_says_so(
