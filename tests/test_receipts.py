@@ -21,9 +21,11 @@ from tomocpt_stream.receipts import (
     claim_group,
     config_hash,
     holds_objects,
+    is_absent,
     read_bytes,
     read_each,
     read_json,
+    within,
     write_bytes,
 )
 
@@ -251,3 +253,20 @@ def test_processes_that_claim_at_once_agree_whose_it_is(tmp_path: Path) -> None:
         store = LocalStore(tmp_path / "s" / str(number))
         assert zarr.open_group(store, mode="r").attrs["by"] == claimed
         assert Receipts(store, "map").all() == {"0.0.0": {"by": put}}
+
+
+@pytest.mark.parametrize("prefix", ["", "file://"])
+def test_a_folder_by_path_and_by_address_is_one(prefix: str, tmp_path: Path) -> None:
+    folder = f"{prefix}{tmp_path}"
+    assert within(folder, "a") == str(tmp_path / "a")
+    store = as_store(folder)
+    assert isinstance(store, LocalStore)
+    assert store.root == tmp_path
+    assert not is_absent(folder)
+    assert is_absent(within(folder, "a"))
+
+
+def test_a_bucket_is_a_store_that_is_never_absent() -> None:
+    assert within("s3://bucket/a/", "b") == "s3://bucket/a/b"
+    assert str(as_store("s3://bucket/a")) == "s3://bucket/a"
+    assert not is_absent("s3://bucket/a")

@@ -227,6 +227,7 @@ main.add_command(portal)
     help="PNG of the central slice with a circle of --diameter.  [default: NAME_size.png]",
 )
 @click.option("--picture/--no-picture", default=True, help="Draw that PNG where --diameter is given.")
+@storage_option
 @workers_option
 @source_options
 @plan_options
@@ -240,7 +241,12 @@ def inspect_command(source: str, diameter: float | None, output: Path | None, **
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the remarks say it again
-        tomogram = open_tomogram(source, voxel_size=settings["voxel_size"], beam_axis=settings["beam_axis"])
+        tomogram = open_tomogram(
+            source,
+            voxel_size=settings["voxel_size"],
+            beam_axis=settings["beam_axis"],
+            storage_options=settings["storage_options"],
+        )
     for line in fact_lines(tomogram.describe()):
         click.echo(line)
     for remark in tomogram.remarks():

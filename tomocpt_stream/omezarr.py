@@ -186,9 +186,10 @@ def _array(store: Store, path: str, form: Literal[2, 3], address: str) -> zarr.A
 def _nothing_there(store: Store, path: str, address: str) -> SourceError:
     """Return the error that names the children of a folder that is not a tomogram itself."""
     children: list[str] = []
-    with suppress(Exception):  # a web server, or a bucket that may not be listed
+    inside: list[str] = []
+    with suppress(Exception):  # a web server, or a bucket that may not be listed or refuses a member
         children = sorted(sync(_children(store, path)))[:MOST_CHILDREN]
-    inside = [name for name in children if _node(store, _join(path, name), address) is not None]
+        inside = [name for name in children if _node(store, _join(path, name), address) is not None]
     kind = "no OME-Zarr image" if inside else "neither a zarr array nor a zarr group"
     return SourceError(
         f"{address} is {kind}; it holds {', '.join(inside or children[:8]) or 'nothing'}",

@@ -15,6 +15,8 @@ from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 from zarr.abc.store import Store
 from zarr.core.buffer import default_buffer_prototype
@@ -43,7 +45,7 @@ def as_store(store: StoreLike) -> Store:
         return store
     if isinstance(store, str) and is_remote(store):
         return connect(store, read_only=False)
-    path = Path(store).absolute()  # what is opened here may be read in a process with another folder
+    path = Path(_plain(store)).absolute()  # what is opened here may be read in a process with another folder
     if path.exists() and not path.is_dir():
         raise CheckpointError(
             f"{path} is a file",
@@ -55,13 +57,19 @@ def as_store(store: StoreLike) -> Store:
 
 def is_absent(store: StoreLike) -> bool:
     """Return whether a path is no folder: opening it as a store would make one."""
-    return isinstance(store, str | Path) and not is_remote(str(store)) and not Path(store).is_dir()
+    return isinstance(store, str | Path) and not is_remote(str(store)) and not Path(_plain(store)).is_dir()
 
 
 def within(folder: str | Path, name: str) -> str:
     """Return the path, or the address, of something in a folder."""
     text = str(folder)
-    return f"{text.rstrip('/')}/{name}" if is_remote(text) else str(Path(text) / name)
+    return f"{text.rstrip('/')}/{name}" if is_remote(text) else str(Path(_plain(text)) / name)
+
+
+def _plain(path: str | Path) -> str:
+    """Return a path without file:// in front."""
+    text = str(path)
+    return url2pathname(urlsplit(text).path) if text.lower().startswith("file://") else text
 
 
 def config_hash(config: dict[str, Any]) -> str:
