@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 import types
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -34,7 +35,7 @@ from tomocpt_stream.dispatch import run_jobs
 from tomocpt_stream.errors import JobError
 from tomocpt_stream.progress import Tally, total
 from tomocpt_stream.stages import Here, Job, Report, Stage
-from tomocpt_stream.submission import _line_of, _Run
+from tomocpt_stream.submission import _line_of, _Run, _UnderWay
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -118,6 +119,35 @@ def test_the_last_jobs_go_to_idle_workers(pair: Client) -> None:
         jobs = (Job(f"task {number}", 60 + 10 * number) for number in range(4))
         assert len(list(run_jobs(replace(NOTHING, total=4), jobs, client=pair))) == 4
     assert sorted(most.values()) == [1, 1]
+
+
+def test_a_worker_without_a_job_is_given_one(pair: Client, marks: Marks) -> None:
+    # Two of the last jobs have gone to one worker.
+    run = _Run(stage(marks.folder, 9), pair, lambda _: None)
+    try:
+        run._workers, run._begun = 2, 9
+        future: Any = None
+        run._under_way = {n: _UnderWay(Job(f"task {n}", n), future, alone=False, worker="a") for n in (1, 2)}
+        assert run._idle() == 1
+        run._under_way[3] = _UnderWay(Job("task 3", 3), future, alone=False)  # on its way to the other
+        assert run._idle() == 0
+        run._under_way[3].worker = "b"
+        assert run._idle() == 0
+    finally:
+        run._under_way = {}
+        run.close()
+
+
+def test_where_a_job_runs_is_known_at_once(pair: Client, marks: Marks) -> None:
+    run = _Run(stage(marks.folder, 2), pair, lambda _: None)
+    answers_ = run.answers(jobs("await end", "await end"))
+    with ThreadPoolExecutor(1) as pool:
+        found = pool.submit(list, answers_)
+        until(lambda: {one.worker for one in list(run._under_way.values())} - {None} and run._idle() == 0)
+        until(lambda: len({one.worker for one in list(run._under_way.values())} - {None}) == 2)
+        marks.leave("end")
+        assert len(found.result(60)) == 2
+    run.close()
 
 
 @pytest.mark.parametrize(
@@ -403,4 +433,4 @@ def test_a_job_counts_for_one_worker_at_a_time(pair: Client, marks: Marks) -> No
     list(run_jobs(stage(marks.folder, 1, fall), [Job("task", None)], client=pair, watch=watch))
     assert len(set(marks.of("try"))) == 2
     # What the first one told goes when the second one tells, and is never added to it.
-    assert list(dict.fromkeys(seen)) == [(1, 1), (2, 1), (2, 0)]
+    assert list(dict.fromkeys(seen)) == [(0, 1), (1, 1), (2, 1), (2, 0)]

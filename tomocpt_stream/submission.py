@@ -171,7 +171,7 @@ class _Run:
 
     def _fill(self, ahead: Iterator[Job]) -> None:
         """Submit jobs up to the limit: new ones, then those for another try, then suspects one by one."""
-        while self._client.status == "running" and len(self._under_way) < self._room():
+        while self._client.status == "running" and (len(self._under_way) < self._room() or self._idle() > 0):
             job = next(ahead, None)
             self._begun += job is not None
             if job is None and self._again and not self._attempts.delay(self._again[0]):
@@ -196,6 +196,15 @@ class _Run:
             self._asked = time.monotonic()
         waiting = self._stage.total - self._begun - self._workers
         return min(self._limit, self._workers + max(0, waiting))
+
+    def _idle(self) -> int:
+        """Return how many workers have nothing to do: two jobs may have gone to one of them.
+
+        Jobs that no worker has been heard of are taken to be on their way to workers of their own.
+        """
+        busy = {under_way.worker for under_way in self._under_way.values()} - {None}
+        unheard = sum(under_way.worker is None for under_way in self._under_way.values())
+        return self._workers - len(busy) - unheard
 
     def _submit(self, job: Job, *, alone: bool = False) -> None:
         self._submitted += 1
@@ -330,5 +339,6 @@ def _on_worker(
         # Not "worker": under that the scheduler puts an address.
         worker.log_event(topic, {"run": run, "job": number, "name": name, "numbers": plain})
 
+    tell({})  # where it runs, so that workers without a job are known
     answer, numbers = perform(function, address, payload, tell)
     return name, answer, numbers
