@@ -1,8 +1,6 @@
 """The engine on dask workers: same bytes, scaling, cost of a task, overlap, memory of a worker.
 
-    python benchmarks/bench_cluster.py                       # all parts, full size
-    python benchmarks/bench_cluster.py scaling overlap --write
-    python benchmarks/bench_cluster.py equality --sim10a FOLDER
+    python benchmarks/bench_cluster.py --sim10a FOLDER       # all parts, full size; or name some of them
 
 "equality" predicts for client=None and 1, 2, 4 workers, three memory budgets and two chunk sizes, with an
 analytic scorer and with the shipped picker, on a phantom and, with --sim10a, on the simulated tomogram
@@ -113,8 +111,7 @@ class Listener:
 
     def workers(self, stage: str, tallies: list[Tally]) -> None:
         """Keep what each worker did."""
-        if stage == "predict":
-            self.tallies = list(tallies)
+        self.tallies = list(tallies) if stage == "predict" else self.tallies
 
 
 @contextmanager
@@ -436,13 +433,8 @@ def memory_table(shape: tuple[int, int, int], budget: str, workers: int) -> list
         stages("peaks and the rest", 1, 1)
     *of_workers, own = (f"{above / 1e6:.0f}" for above in peaks.above)
     head = ["picks", "s", "projected MB", "workers' peaks MB", "client's and scheduler's peak MB"]
-    cells = [
-        f"{len(picks)}",
-        f"{seconds:.1f}",
-        f"{plan.projected_bytes / 1e6:.0f}",
-        ", ".join(of_workers),
-        own,
-    ]
+    projected = f"{plan.projected_bytes / 1e6:.0f}"
+    cells = [f"{len(picks)}", f"{seconds:.1f}", projected, ", ".join(of_workers), own]
     return [
         f"{' x '.join(map(str, shape))} int8 MRC at twice its voxel size, analytic scorer, budget {budget} a",
         f"worker, {workers} workers of two threads, {len(plan.tasks)} tasks,",
