@@ -12,7 +12,9 @@ from tests.blobs import NamedBlobPicker, blobs
 from tests.buckets import portal_zarr
 from tomocpt_stream.errors import PlanError
 from tomocpt_stream.heatmap import PickOptions
+from tomocpt_stream.lazy import heatmap_lazy
 from tomocpt_stream.pipeline import pick
+from tomocpt_stream.scoremap import open_heatmap
 from tomocpt_stream.tomogram import open_tomogram
 
 if TYPE_CHECKING:
@@ -73,6 +75,13 @@ def test_picks_of_a_coarser_level_are_in_voxels_of_level_0(folder: Path) -> None
     fine = pick(open_tomogram(folder), NamedBlobPicker(), PickOptions(80.0))
     order = np.argsort(fine.zyx[:, 0])
     np.testing.assert_allclose(found.zyx[np.argsort(found.zyx[:, 0])], fine.zyx[order], atol=0.5)
+
+
+def test_the_lazy_map_is_of_the_same_level(folder: Path, tmp_path: Path) -> None:
+    options = PickOptions(80.0, level="coarsest")
+    pick(open_tomogram(folder), NamedBlobPicker(), options, keep_heatmap=tmp_path / "map")
+    lazy = heatmap_lazy(open_tomogram(folder), NamedBlobPicker(), options)
+    np.testing.assert_array_equal(lazy.compute(), open_heatmap(tmp_path / "map").array[:])
 
 
 def test_only_the_coarser_level_is_fetched(folder: Path, s3: S3, way: Way) -> None:

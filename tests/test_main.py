@@ -18,6 +18,7 @@ import zarr
 from click.testing import CliRunner, Result
 
 from tests.blobs import NamedBlobPicker, blobs, nearest
+from tests.buckets import portal_zarr
 from tomocpt_stream import curriculum, phantom, picker, pipeline
 from tomocpt_stream.__main__ import main
 from tomocpt_stream.formats import read_picks
@@ -125,6 +126,21 @@ def test_pick_hands_every_option_on(monkeypatch: pytest.MonkeyPatch) -> None:
     assert open_heatmap("maps/a.zarr").shape == SHAPE
     assert not Path("out.png").exists()
     assert len(names("scratch")) == 1
+
+
+def test_the_coarsest_level_is_read_where_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Tomogram] = []
+    real = pipeline.pick
+
+    def spy(tomogram: Tomogram, *arguments: Any, **settings: Any) -> Any:
+        seen.append(tomogram)
+        return real(tomogram, *arguments, **settings)
+
+    monkeypatch.setattr(pipeline, "pick", spy)
+    portal_zarr(Path("a.zarr"), blobs(SHAPE, CENTRES), 5.0, 32)
+    run(*PICK, "a.zarr", "--no-picture")
+    run(*PICK, "a.zarr", "--no-picture", "--coarsest-level", "--missing", "fill")
+    assert [tomogram.level for tomogram in seen] == [0, 1]
 
 
 def test_relion_5_reads_back() -> None:

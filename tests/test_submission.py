@@ -127,15 +127,33 @@ def test_a_worker_without_a_job_is_given_one(pair: Client, marks: Marks) -> None
     try:
         run._workers, run._begun = 2, 9
         future: Any = None
-        run._under_way = {n: _UnderWay(Job(f"task {n}", n), future, alone=False, worker="a") for n in (1, 2)}
+        run._under_way = {
+            n: _UnderWay(Job(f"task {n}", n), future, alone=False, worker="a") for n in (101, 102)
+        }
         assert run._idle() == 1
-        run._under_way[3] = _UnderWay(Job("task 3", 3), future, alone=False)  # on its way to the other
+        run._under_way[103] = _UnderWay(Job("task 3", 3), future, alone=False)  # on its way to the other
         assert run._idle() == 0
-        run._under_way[3].worker = "b"
+        run._under_way[103].worker = "b"
         assert run._idle() == 0
+        # However many are under way in all, the worker without one gets one, and then no more.
+        del run._under_way[103]
+        run._asked, run._limit = time.monotonic() + 60, 2
+        run._fill(Job(f"task {n}", (n, "")) for n in range(4, 9))
+        assert len(run._under_way) == 3
+        until(lambda: run._under_way[run._submitted].future.status == "finished")
     finally:
         run._under_way = {}
         run.close()
+
+
+def test_only_the_last_jobs_say_that_they_have_begun(pair: Client, marks: Marks) -> None:
+    seen: set[str] = set()
+
+    def watch(tallies: list[Tally]) -> None:
+        seen.update(number for tally in tallies for number in tally.running)
+
+    list(run_jobs(stage(marks.folder, 100), jobs(*[""] * 100), client=pair, watch=watch))
+    assert {int(number) for number in seen} <= set(range(100 - 2 * 6, 101))
 
 
 def test_where_a_job_runs_is_known_at_once(pair: Client, marks: Marks) -> None:

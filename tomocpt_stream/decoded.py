@@ -1,7 +1,8 @@
-"""Large stored chunks of sources, decoded once while a volume is made of them.
+"""Large stored chunks of sources, kept decoded for a while as a volume is made of them.
 
 A box that is resampled takes parts of several stored chunks, and its neighbours take other parts of the
-same ones: of cubes of 256 voxels, each would be decoded some six times.
+same ones: nine cubes of 256 voxels, of 184 x 630 x 630 resampled to 1.45 times the voxel size, would be
+decoded 81 times, and are 26 times with four of them kept.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ from tomocpt_stream.assignment import picker_name
 from tomocpt_stream.errors import PlanError
 from tomocpt_stream.heatmap import PickOptions, Scorer, is_negated
 from tomocpt_stream.mask import MaskLike, open_mask
-from tomocpt_stream.pipeline import VOLUME, plan_pick, scratch_folder
+from tomocpt_stream.pipeline import VOLUME, level_for, plan_pick, scratch_folder
 from tomocpt_stream.receipts import config_hash
 from tomocpt_stream.stages import residents
 from tomocpt_stream.sweep import Scoring, Turns, score_chunk
@@ -83,6 +83,7 @@ def heatmap_lazy(
     import dask.array as da  # noqa: TID251
     from dask.delayed import delayed  # noqa: TID251
 
+    tomogram = level_for(tomogram, picker, options)
     grid, plan = plan_pick(tomogram, picker, options)
     plan = replace(plan, group=(1, 1, 1))  # every chunk is a task of its own
     allowed = None if mask is None else open_mask(mask, tomogram.frame, grid)

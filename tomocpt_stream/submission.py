@@ -200,7 +200,8 @@ class _Run:
     def _idle(self) -> int:
         """Return how many workers have nothing to do: two jobs may have gone to one of them.
 
-        Jobs that no worker has been heard of are taken to be on their way to workers of their own.
+        Jobs that no worker has been heard of are taken to be on their way to workers of their own. Only
+        near the end does every worker say at once what it has begun.
         """
         busy = {under_way.worker for under_way in self._under_way.values()} - {None}
         unheard = sum(under_way.worker is None for under_way in self._under_way.values())
@@ -211,7 +212,9 @@ class _Run:
         stage, number = self._stage, self._submitted
         # What precedes the first dash is the group that the dashboard colours; the rest is for people.
         key = f"{stage.name}-{number} of {stage.total}, {stage.tomogram}, {job.label}-{self._name}"
-        sender = (self._line.topic, self._name, number)
+        # Near the end only: the scheduler keeps each message, and 10^5 of them are no small matter.
+        announced = stage.total - self._begun <= 2 * self._limit
+        sender = (self._line.topic, self._name, number, announced)
         future = self._client.submit(
             _on_worker, stage.function, stage.address, job.payload, sender, key=key, pure=False
         )
@@ -319,12 +322,15 @@ def _killed(error: KilledWorker) -> JobError:
 
 
 def _on_worker(
-    function: Callable[..., Any], address: Any, payload: Any, sender: tuple[str, str, int]
+    function: Callable[..., Any], address: Any, payload: Any, sender: tuple[str, str, int, bool]
 ) -> tuple[str, Any, dict[str, float]]:
-    """Do one job and say who did it; `sender` is the topic, the run and the number of the job."""
+    """Do one job and say who did it.
+
+    `sender` is the topic, the run, the number of the job, and whether to say that it has begun.
+    """
     worker = get_worker()
     name = str(worker.name if worker.name is not None else worker.address)
-    topic, run, number = sender
+    topic, run, number, announced = sender
     task = worker.get_current_task()
 
     def tell(numbers: dict[str, float]) -> None:
@@ -339,6 +345,7 @@ def _on_worker(
         # Not "worker": under that the scheduler puts an address.
         worker.log_event(topic, {"run": run, "job": number, "name": name, "numbers": plain})
 
-    tell({})  # where it runs, so that workers without a job are known
+    if announced:
+        tell({})
     answer, numbers = perform(function, address, payload, tell)
     return name, answer, numbers
