@@ -1,20 +1,23 @@
 """Coordinate files in and out: one module a format, chosen by suffix and content or by name.
 
-Formats: "relion31" (RELION 3.0 and 3.1 STAR, tomogram voxels; what .star means without a name) and
-"relion5" (RELION 5 STAR, centred Å). Names in a file are names: none of them is opened as a path.
+Each module that is named in `FORMATS` has one or both of
+    read(path, format, asked) -> dict[str, Picks]         format is None where only the suffix is known
+    render(picks, format, asked, name) -> dict[str, bytes]  files by their names beside, or in, `name`
+Names in a file are names: none of them is opened as a path.
 """
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any
 
 from tomocpt_stream.errors import FormatError
+from tomocpt_stream.formats.asked import Asked
 from tomocpt_stream.formats.extents import Tomograms, tomogram_extents
-from tomocpt_stream.formats.star import read_star, render_star
 from tomocpt_stream.patience import PatientStore
 from tomocpt_stream.picks import Picks
 from tomocpt_stream.receipts import write_bytes
@@ -23,11 +26,30 @@ from tomocpt_stream.remote import connect, is_remote, parent
 if TYPE_CHECKING:
     from tomocpt_stream.frame import Shape
 
-__all__ = ["Format", "read_picks", "write_picks"]
+__all__ = ["FORMATS", "Format", "read_picks", "write_picks"]
 
-Format = Literal["relion31", "relion5"]
+Format = str
 
-_FORMATS: tuple[Format, ...] = get_args(Format)
+
+@dataclass(frozen=True)
+class Kind:
+    """One format: the module that knows it, the suffixes that mean it, what is done with it.
+
+    `folder` says that it may be a folder of files.
+    """
+
+    module: str
+    suffixes: tuple[str, ...]
+    reads: bool = True
+    writes: bool = True
+    folder: bool = False
+
+
+FORMATS: dict[Format, Kind] = {
+    "relion31": Kind("star", (".star",)),
+    "relion5": Kind("star", (".star",)),
+}
+"""Every format by name; where several have a suffix, the first one is what is written without a name."""
 
 
 def read_picks(
@@ -37,6 +59,8 @@ def read_picks(
     voxel_size: float | None = None,
     shape: Shape | None = None,
     tomograms: Tomograms | None = None,
+    half_voxel: bool = True,
+    base_index: int | None = None,
 ) -> dict[str, Picks]:
     """Read the picks of a coordinate file, by tomogram name, in the order of their rows.
 
@@ -51,11 +75,13 @@ def read_picks(
         The file is not of a known format, has a row that cannot be read, or does not say something
         that is needed and was not passed.
     """
-    _known(format, path)
-    if not Path(path).is_file():
+    kind = _known(format, path, writing=False)
+    if not (Path(path).is_file() or (kind.folder and Path(path).is_dir())):
         raise FormatError(f"no file {path}", expected="a coordinate file", remedy="check the path")
     sizes = None if tomograms is None else tomogram_extents(tomograms)
-    return read_star(Path(path), dialect=format, voxel_size=voxel_size, shape=shape, tomograms=sizes)
+    asked = Asked(voxel_size, shape, sizes, half_voxel, base_index)
+    found: dict[str, Picks] = _module(kind).read(Path(path), format, asked)
+    return found
 
 
 def write_picks(
@@ -64,8 +90,10 @@ def write_picks(
     *,
     format: Format | None = None,  # noqa: A002  (the public signature of the design)
     tomograms: Tomograms | None = None,
+    half_voxel: bool = True,
+    base_index: int | None = None,
 ) -> None:
-    """Write picks of one or several tomograms to one file; it appears whole or not at all.
+    """Write picks of one or several tomograms; each file appears whole or not at all.
 
     `path` may be an address (s3://, gs://, az://), with credentials from the environment. A mapping
     names the tomograms by its keys. A file that is there already is replaced. "relion5"
@@ -76,14 +104,14 @@ def write_picks(
     FormatError
         The format is not known, or the picks lack something that it must state.
     """
-    dialect = _known(format, path)
+    kind = _known(format, path, writing=True)
+    named = format or next(name for name, one in FORMATS.items() if one == kind)
     sizes = None if tomograms is None else tomogram_extents(tomograms)
-    text = render_star(_named(picks), dialect, sizes)
-    if isinstance(path, str) and is_remote(path):
-        folder, name = parent(path)
-        write_bytes(PatientStore(connect(folder, read_only=False), FormatError), name, text.encode())
-    else:
-        _write_whole(Path(path), text)
+    asked = Asked(tomograms=sizes, half_voxel=half_voxel, base_index=base_index)
+    folder, name = _place(path)
+    files: dict[str, bytes] = _module(kind).render(_named(picks), named, asked, name)
+    for key, data in files.items():
+        _put(folder, key, data)
 
 
 def _named(picks: Picks | Mapping[str, Picks] | Iterable[Picks]) -> list[Picks]:
@@ -94,26 +122,50 @@ def _named(picks: Picks | Mapping[str, Picks] | Iterable[Picks]) -> list[Picks]:
     return list(picks)
 
 
-def _known(name: Format | None, path: str | Path) -> Format:
-    """Return the format of a path, or refuse it."""
-    if name is not None and name not in _FORMATS:
-        raise FormatError(
-            f"format {name!r}", expected=f"one of {', '.join(_FORMATS)}", remedy="choose one of them"
-        )
-    if name is None and Path(path).suffix.lower() != ".star":
-        raise FormatError(
-            f"{path} with suffix {Path(path).suffix!r}",
-            expected="a suffix that says the format: .star",
-            remedy=f"rename the file, or pass format= ({', '.join(_FORMATS)})",
-        )
-    return name or "relion31"
+def _known(name: Format | None, path: str | Path, *, writing: bool) -> Kind:
+    """Return the format of a name or of a path's suffix, or refuse it."""
+    able = {one: kind for one, kind in FORMATS.items() if (kind.writes if writing else kind.reads)}
+    if name is not None:
+        if name not in able:
+            verb = "written" if writing else "read"
+            raise FormatError(
+                f"format {name!r}",
+                expected=f"one of those that are {verb}: {', '.join(able)}",
+                remedy="choose one of them",
+            )
+        return able[name]
+    suffix = Path(path).suffix.lower()
+    for kind in able.values():
+        if suffix in kind.suffixes:
+            return kind
+    suffixes = dict.fromkeys(suffix for kind in able.values() for suffix in kind.suffixes)
+    raise FormatError(
+        f"{path} with suffix {suffix!r}",
+        expected=f"a suffix that says the format: {', '.join(filter(None, suffixes))}",
+        remedy=f"rename the file, or pass format= ({', '.join(able)})",
+    )
 
 
-def _write_whole(path: Path, text: str) -> None:
+def _module(kind: Kind) -> Any:
+    return importlib.import_module(f"{__name__}.{kind.module}")
+
+
+def _place(path: str | Path) -> tuple[str | Path, str]:
+    if isinstance(path, str) and is_remote(path):
+        return parent(path)
+    return Path(path).parent, Path(path).name
+
+
+def _put(folder: str | Path, name: str, data: bytes) -> None:
+    """Store one file, on a disk or on an object store."""
+    if isinstance(folder, str):
+        write_bytes(PatientStore(connect(folder, read_only=False), FormatError), name, data)
+        return
+    path = folder / name
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        partial.write_text(text, encoding="utf-8", newline="\n")
+        partial.write_bytes(data)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

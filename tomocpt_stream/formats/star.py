@@ -26,6 +26,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from tomocpt_stream.errors import FormatError
+from tomocpt_stream.formats.asked import Asked, lacking
 from tomocpt_stream.formats.extents import Extent, extent
 from tomocpt_stream.formats.relion import (
     ANGLES,
@@ -41,8 +42,6 @@ from tomocpt_stream.formats.relion import (
     Dialect,
     Floats,
     angles_of,
-    lacking,
-    listed,
     matrices_of,
 )
 from tomocpt_stream.formats.tables import (
@@ -59,29 +58,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-    from tomocpt_stream.frame import Shape
-
 _DEFAULTS = (("rlnSphericalAberration", 2.7), ("rlnVoltage", 300.0))
 _WITHOUT_PICKS = re.compile(r"# tomogram (.+) has no picks, voxel size (\S+)$")
-
-
-@dataclass(frozen=True)
-class _Asked:
-    """What the caller says of the tomograms."""
-
-    dialect: Dialect
-    voxel_size: float | None
-    shape: Shape | None
-    tomograms: Mapping[str, Extent] | None
-
-    def of(self, name: str, said: float | None) -> Extent:
-        """Return the size of a tomogram: as asked for, as listed, or as the file said."""
-        known = listed(name, self.dialect, self.tomograms)[1]
-        voxel_size = self.voxel_size or known.voxel_size or said
-        shape = self.shape or known.shape
-        if known.pixel_size is None:
-            return extent(shape, voxel_size)
-        return replace(known, shape=shape, voxel_size=voxel_size)
 
 
 @dataclass(frozen=True)
@@ -117,14 +95,7 @@ class _Rows:
         )
 
 
-def read_star(
-    path: Path,
-    *,
-    dialect: Dialect | None,
-    voxel_size: float | None,
-    shape: Shape | None,
-    tomograms: Mapping[str, Extent] | None,
-) -> dict[str, Picks]:
+def read(path: Path, dialect: Dialect | None, asked: Asked) -> dict[str, Picks]:
     """Return the picks of a RELION STAR file by tomogram name; without `dialect` its columns tell.
 
     Raises FormatError where it cannot be read, or needs a size that was not passed.
@@ -133,12 +104,12 @@ def read_star(
     particles, spoken = _particles(tables, path, dialect)
     if dialect is None and spoken == "relion31":
         _refuse_tilt_series(particles, tables)
-    asked = _Asked(spoken, voxel_size, shape, tomograms)
     said = _said_sizes(particles, tables, spoken)
     columns = _columns(particles, spoken)
     found = {}
     for name, rows in _by_name(name_column(particles, ["rlnTomoName", "rlnMicrographName"])).items():
-        found[name] = columns.picks(rows, name, asked.of(name, _one_size(said[rows], name, particles)))
+        known = asked.listed(name) if spoken == "relion5" else name
+        found[name] = columns.picks(rows, name, asked.of(known, _one_size(said[rows], name, particles)))
     for name, said_size in _without_picks(path).items():
         size = asked.of(name, said_size)
         empty = Picks(np.zeros((0, 3)), np.zeros(0, np.float32), None, size.voxel_size, name, size.shape)
@@ -146,12 +117,12 @@ def read_star(
     return found
 
 
-def render_star(picks: Sequence[Picks], dialect: Dialect, tomograms: Mapping[str, Extent] | None) -> str:
-    """Return the text of a RELION STAR file with the picks of some tomograms.
+def render(picks: Sequence[Picks], dialect: Dialect, asked: Asked, name: str) -> dict[str, bytes]:
+    """Return a RELION STAR file called `name` with the picks of some tomograms.
 
     Raises FormatError where a tomogram lacks its name, its voxel size or, for "relion5", its size.
     """
-    named = [_sized(table, dialect, tomograms) for table in picks]
+    named = [_sized(table, dialect, asked) for table in picks]
     _refuse_two_sizes(named)
     optics, groups = _optics([size for _, size in named], dialect)
     full = [(table, size, group) for (table, size), group in zip(named, groups, strict=True) if len(table)]
@@ -175,7 +146,7 @@ def render_star(picks: Sequence[Picks], dialect: Dialect, tomograms: Mapping[str
         for table, size in named
         if not len(table)
     ]
-    return render_tables(blocks, comments)
+    return {name: render_tables(blocks, comments).encode()}
 
 
 def _particles(tables: Mapping[str, Table], path: Path, dialect: Dialect | None) -> tuple[Table, Dialect]:
@@ -292,9 +263,12 @@ def _without_picks(path: Path) -> dict[str, float | None]:
     return found
 
 
-def _sized(table: Picks, dialect: Dialect, tomograms: Mapping[str, Extent] | None) -> tuple[Picks, Extent]:
+def _sized(table: Picks, dialect: Dialect, asked: Asked) -> tuple[Picks, Extent]:
     """Return picks under the name they are written with, and the size of their tomogram."""
-    name, known = listed(check_name(table.tomogram), dialect, tomograms)
+    name = check_name(table.tomogram)
+    if dialect == "relion5":
+        asked.listed(name)
+    name, known = asked.known(name) or (name, Extent())
     voxel_size = table.voxel_size or known.voxel_size
     if voxel_size is None:
         raise lacking(name, "the table of picks", "voxel size", "picks with a voxel_size")
