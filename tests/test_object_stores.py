@@ -127,6 +127,17 @@ def test_a_remote_tomogram_travels_by_its_address(key: str, s3: S3, way: Way, st
     assert there.fingerprint == tomogram.fingerprint
 
 
+def test_its_fingerprint_takes_one_object(
+    s3: S3, way: Way, stored: dict[str, int], folder: Path, tmp_path: Path
+) -> None:
+    ours = opened(s3).fingerprint
+    assert len(way.data()) == 1
+    other = VOXELS.copy()
+    other[tuple(n // 2 for n in SHAPE)] += 1
+    s3.bucket.put_folder(portal_zarr(tmp_path / "other.zarr", other, 10.0, CHUNK), "other.zarr")
+    assert opened(s3, "other.zarr").fingerprint["sample"] != ours["sample"]
+
+
 def test_a_level_is_read_only_when_asked_for(s3: S3, way: Way, stored: dict[str, int]) -> None:
     tomogram = opened(s3, level=1)
     assert (tomogram.shape, tomogram.voxel_size) == ((20, 35, 38), 20.0)

@@ -25,7 +25,8 @@ from zarr.core.sync import sync
 from tomocpt_stream.errors import ActionableError, BrokenSourceError, SourceError
 from tomocpt_stream.patience import PATIENCE, TRIES
 from tomocpt_stream.remote import ReplacedError, first_line
-from tomocpt_stream.spool import PART, REQUESTS, Traffic, write_at
+from tomocpt_stream.spool import PART, REQUESTS, write_at
+from tomocpt_stream.traffic import Traffic
 
 if TYPE_CHECKING:
     from tomocpt_stream.frame import Shape
@@ -213,7 +214,7 @@ class RemoteFile:
                     ) from error
                 await asyncio.sleep(0.05 * 4**tries)
             else:
-                self.traffic.add(0 if found is None else len(found[0]))
+                self.traffic.add(0 if found is None else len(found[0]), self._name, start)
                 return found
         raise AssertionError("unreachable")
 

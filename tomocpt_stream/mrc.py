@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from tomocpt_stream.files import StoredFile
     from tomocpt_stream.frame import Box, Shape
-    from tomocpt_stream.spool import Traffic
+    from tomocpt_stream.traffic import Traffic
 
 # Bytes of a plane that are looked at to tell whether they are signed.
 SAMPLE_BYTES = 1 << 16

@@ -138,6 +138,27 @@ class RemoteStore(WrapperStore[ObjectStore[Any]]):
         options: GetOptions = {"range": (start, stop)}
         if etag is not None and not etag.startswith("W/"):  # no object matches a weak tag
             options["if_match"] = etag
+        found = await self._part(key, options)
+        if found is None:
+            return None
+        data, size, there = found
+        if etag is not None and there != etag:
+            raise ReplacedError(f"{key} was replaced while it was read")
+        if len(data) != max(0, min(stop, size) - start):
+            raise OSError(f"{len(data)} bytes where {min(stop, size) - start} were to come")
+        return found
+
+    async def end(self, key: str, count: int) -> tuple[bytes, int, str | None] | None:
+        """Return the last bytes of an object, its size and its tag; None where there is none.
+
+        NoRangesError where the store answers no such requests: then `getsize` and `part` may.
+        """
+        found = await self._part(key, {"range": {"suffix": count}})
+        if found is not None and len(found[0]) != min(count, found[1]):
+            raise OSError(f"{len(found[0])} bytes where {min(count, found[1])} were to come")
+        return found
+
+    async def _part(self, key: str, options: GetOptions) -> tuple[bytes, int, str | None] | None:
         try:
             found = await self._asked(key, obstore.get_async(self._store.store, key, options=options))
             data = (await self._asked(key, found.bytes_async())).to_bytes()
@@ -153,19 +174,10 @@ class RemoteStore(WrapperStore[ObjectStore[Any]]):
             ) from error
         except GenericError as error:
             # A range of an empty object cannot be satisfied.
-            if (
-                start == 0
-                and _UNSATISFIED in str(error)
-                and await self._asked(key, self._store.getsize(key)) == 0
-            ):
+            if _UNSATISFIED in str(error) and await self._asked(key, self._store.getsize(key)) == 0:
                 return b"", 0, None
             raise
-        size = int(found.meta["size"])
-        if len(data) != min(stop, size) - start:
-            raise OSError(f"{len(data)} bytes where {min(stop, size) - start} were to come")
-        if etag is not None and found.meta["e_tag"] != etag:
-            raise ReplacedError(f"{key} was replaced while it was read")
-        return data, size, found.meta["e_tag"]
+        return data, int(found.meta["size"]), found.meta["e_tag"]
 
     async def exists(self, key: str) -> bool:
         """Return whether an object is there."""

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from tomocpt_stream.blocks import BlockPlan
     from tomocpt_stream.frame import Grid
     from tomocpt_stream.progress import WorkerProgress
-    from tomocpt_stream.spool import Traffic
     from tomocpt_stream.tomogram import Tomogram
+    from tomocpt_stream.traffic import Traffic
 
 
 # Facts that are a box of voxels.

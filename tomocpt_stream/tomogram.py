@@ -26,7 +26,7 @@ from tomocpt_stream.mrc import MrcFile
 from tomocpt_stream.omezarr import Place, as_voxels, open_zarr
 from tomocpt_stream.portal_records import TomogramRecord
 from tomocpt_stream.remote import connect, is_remote, parent
-from tomocpt_stream.spool import LIMIT, SpooledStore, Traffic
+from tomocpt_stream.spool import LIMIT, SpooledStore
 from tomocpt_stream.voxel_sizes import ANISOTROPY, contradictions, given_size, stated_size
 from tomocpt_stream.voxels import ArrayVoxels, DaskVoxels, Voxels
 from tomocpt_stream.zarrays import Missing, address_of
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     import dask.array as da  # noqa: TID251
+
+    from tomocpt_stream.traffic import Traffic
 
 BeamAxis = Literal["z", "y"]
 

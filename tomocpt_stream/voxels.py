@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from zarr.abc.store import Store
 
     from tomocpt_stream.frame import Box, Shape
-    from tomocpt_stream.spool import Traffic
+    from tomocpt_stream.traffic import Traffic
 
 PLANE_BYTES = 32 << 20
 SAMPLE_EDGE = 32

@@ -28,17 +28,18 @@ from zarr.storage import LocalStore, MemoryStore, StorePath, WrapperStore
 from tomocpt_stream.decoded import DECODED
 from tomocpt_stream.errors import BrokenSourceError, SourceError
 from tomocpt_stream.patience import PatientStore, bare
-from tomocpt_stream.spool import SpooledStore, Traffic
+from tomocpt_stream.spool import SpooledStore, together
 from tomocpt_stream.voxels import SAMPLE_EDGE, is_shared
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from zarr.abc.store import ByteRequest
     from zarr.core.buffer import Buffer, BufferPrototype
 
     from tomocpt_stream.errors import ActionableError
     from tomocpt_stream.frame import Box, Shape
+    from tomocpt_stream.traffic import Traffic
 
 Missing = Literal["error", "fill"]
 
@@ -155,11 +156,12 @@ class ZarrVoxels:
         region = [slice(0, 1)] * self.array.ndim
         for axis, where in zip(self.order, box, strict=True):
             region[axis] = where
-        if isinstance(self._stored, SpooledStore) and self._sharding is None:
-            sync(self._stored.fetch([self._key(place) for place, _ in self._parts(region)]))
+        parts = list(self._parts(region))
+        self._fetch((self._key(place), self._wanted(place, part)) for place, part in parts)
         try:
             if self._sharding is not None:
-                self._check_shards(region)
+                shards = [(self._key(place), together(self._checked(place, part))) for place, part in parts]
+                self._fetch((key, RangeByteRequest(*extent)) for key, found in shards for extent in found)
             found = self._gather(region)
         except (MemoryError, SourceError):
             raise
@@ -169,6 +171,29 @@ class ZarrVoxels:
         shape = [where.stop - where.start for where in box]
         with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinite, which ingest reports
             return np.ascontiguousarray(found.transpose([*others, *self.order]).reshape(shape), np.float32)
+
+    def _fetch(self, wanted: Iterable[tuple[str, ByteRequest | None]]) -> None:
+        """Have stored objects of a remote source, or parts of them, on the disk before they are decoded.
+
+        Zarr would ask for the chunks of a shard one after the other.
+        """
+        if isinstance(self._stored, SpooledStore):
+            sync(self._stored.fetch(wanted))
+
+    def _wanted(self, place: tuple[int, ...], part: Sequence[slice]) -> ByteRequest | None:
+        """Return what to ask for first: the whole object, or the index of a shard that is read in part."""
+        if self._sharding is None:
+            return None
+        edges = zip(place, self._objects, self.array.shape, strict=True)
+        everything = [slice(at * size, min((at + 1) * size, length)) for at, size, length in edges]
+        return None if self._inner(place, part) == self._inner(place, everything) else self._index_range()
+
+    def _inner(self, place: tuple[int, ...], part: Sequence[slice]) -> tuple[slice, ...]:
+        """Return which chunks of a shard a part of the array touches."""
+        return tuple(
+            slice((where.start - at * size) // chunk, (where.stop - 1 - at * size) // chunk + 1)
+            for where, at, size, chunk in zip(part, place, self._objects, self.array.chunks, strict=True)
+        )
 
     def _gather(self, region: Sequence[slice]) -> npt.NDArray[Any]:
         """Return a region of the stored array, from large chunks one after the other.
@@ -215,7 +240,7 @@ class ZarrVoxels:
         """Return plain data that change when the array does.
 
         A hash of the metadata; then, on a disk, number, bytes and newest time of the objects; in
-        memory a hash of all voxels, and elsewhere of those in the middle.
+        memory a hash of all voxels, and elsewhere of some in the middle, all of one stored object.
         """
         text = json.dumps(self.array.metadata.to_dict(), sort_keys=True, default=str)
         marks: dict[str, Any] = {"metadata": hashlib.sha256(text.encode()).hexdigest()}
@@ -232,8 +257,7 @@ class ZarrVoxels:
                 digest.update(self.read((planes, slice(0, self.shape[1]), slice(0, self.shape[2]))).tobytes())
             marks["sha256"] = digest.hexdigest()
         else:
-            edges = [(max(0, n // 2 - SAMPLE_EDGE // 2), n) for n in self.shape]
-            z, y, x = (slice(start, min(n, start + SAMPLE_EDGE)) for start, n in edges)
+            z, y, x = (_middle(n, chunk) for n, chunk in zip(self.shape, self.chunks, strict=True))
             marks["sample"] = hashlib.sha256(self.read((z, y, x)).tobytes()).hexdigest()
         return marks
 
@@ -290,38 +314,36 @@ class ZarrVoxels:
             remedy="run again",
         )
 
-    def _check_shards(self, region: Sequence[slice]) -> None:
-        """Raise a SourceError where a chunk inside a shard is absent or lies beyond its end."""
-        for place, part in self._parts(region):
-            key = self._key(place)
-            index = self._shard_index(key)
-            if index is None:  # absent altogether; the store has raised where that is an error
-                continue
-            inner = tuple(
-                slice((where.start - at * size) // chunk, (where.stop - 1 - at * size) // chunk + 1)
-                for where, at, size, chunk in zip(part, place, self._objects, self.array.chunks, strict=True)
+    def _checked(self, place: tuple[int, ...], part: Sequence[slice]) -> list[tuple[int, int]]:
+        """Return where those chunks of a shard begin and end that a part of the array touches.
+
+        A SourceError where one is absent or lies beyond the shard's end.
+        """
+        key = self._key(place)
+        index = self._shard_index(key)
+        if index is None:  # absent altogether; the store has raised where that is an error
+            return []
+        chunks = index[self._inner(place, part)].reshape(-1, 2)
+        offsets, lengths = chunks[:, 0], chunks[:, 1]
+        gone = (offsets == ABSENT) & (lengths == ABSENT)
+        if gone.any() and self.missing == "error":
+            raise absent(self.address, f"{key}: of its chunks that are needed {gone.sum()} are absent")
+        size = np.uint64(sync(self._asked.getsize(key)))
+        inside = (offsets <= size) & (lengths <= size - np.minimum(offsets, size))
+        if not (gone | inside).all():
+            raise SourceError(
+                f"{self.address} has an object {key} whose index points beyond its {size} bytes",
+                expected="a whole shard",
+                remedy="copy that object again",
             )
-            offsets, lengths = index[inner][..., 0], index[inner][..., 1]
-            gone = (offsets == ABSENT) & (lengths == ABSENT)
-            if gone.any() and self.missing == "error":
-                raise absent(self.address, f"{key}: of its chunks that are needed {gone.sum()} are absent")
-            size = np.uint64(sync(self._asked.getsize(key)))
-            inside = (offsets <= size) & (lengths <= size - np.minimum(offsets, size))
-            if not (gone | inside).all():
-                raise SourceError(
-                    f"{self.address} has an object {key} whose index points beyond its {size} bytes",
-                    expected="a whole shard",
-                    remedy="copy that object again",
-                )
+        return [(start, start + length) for start, length in chunks[~gone].tolist()]
 
     def _shard_index(self, key: str) -> npt.NDArray[np.uint64] | None:
         """Return offset and length of every chunk in a shard, None where the shard is absent."""
-        codec: Any = self._sharding
-        shape = [size // chunk for size, chunk in zip(self._objects, self.array.chunks, strict=True)]
+        shape = self._chunks_of_shard()
         count = 16 * math.prod(shape)
-        total = count + 4 * (len(codec.index_codecs) - 1)
-        at_start = codec.index_location.value == "start"
-        where = RangeByteRequest(0, total) if at_start else SuffixByteRequest(total)
+        where = self._index_range()
+        total = where.suffix if isinstance(where, SuffixByteRequest) else where.end
         raw = sync(self.array.store.get(key, default_buffer_prototype(), where))
         if raw is None:
             return None
@@ -333,6 +355,23 @@ class ZarrVoxels:
             )
         index = np.frombuffer(raw.to_bytes()[:count], "<u8").astype(np.uint64)
         return index.reshape(*shape, 2)
+
+    def _chunks_of_shard(self) -> list[int]:
+        return [size // chunk for size, chunk in zip(self._objects, self.array.chunks, strict=True)]
+
+    def _index_range(self) -> RangeByteRequest | SuffixByteRequest:
+        """Return where the index of a shard lies in it."""
+        codec: Any = self._sharding
+        total = 16 * math.prod(self._chunks_of_shard()) + 4 * (len(codec.index_codecs) - 1)
+        at_start = codec.index_location.value == "start"
+        return RangeByteRequest(0, total) if at_start else SuffixByteRequest(total)
+
+
+def _middle(length: int, chunk: int) -> slice:
+    """Return the voxels of an axis nearest to its middle that are in one chunk."""
+    corner = length // 2 // chunk * chunk
+    start = max(corner, length // 2 - SAMPLE_EDGE // 2)
+    return slice(start, min(length, corner + chunk, start + SAMPLE_EDGE))
 
 
 def _sharding(metadata: Any, address: str) -> ShardingCodec | None:
