@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import pickle
 import socket
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -24,7 +26,7 @@ from tomocpt_stream import tiles
 from tomocpt_stream.dispatch import run_jobs
 from tomocpt_stream.errors import BrokenSourceError, PlanError, SourceError
 from tomocpt_stream.frame import working_grid
-from tomocpt_stream.ingestion import IngestionAddress
+from tomocpt_stream.ingestion import Ingestion, IngestionAddress
 from tomocpt_stream.receipts import Receipts
 from tomocpt_stream.stages import residents
 from tomocpt_stream.tomogram import Tomogram, open_tomogram
@@ -370,6 +372,26 @@ def test_a_job_is_a_few_kilobytes(workers: Client, tmp_path: Path, monkeypatch: 
     assert max(sizes.values()) < 6000
 
 
+def test_the_stages_of_one_run_share_what_was_fetched(tmp_path: Path) -> None:
+    sent = pickle.dumps(opened(mrc(tmp_path)))
+    volume = ingest(pickle.loads(sent), tmp_path / "v", voxel_size=12.0)
+    grid = working_grid(SHAPE, 10.0, 12.0)
+
+    def opened_by(run: str, token: str) -> Ingestion:
+        store, source = LocalStore(tmp_path / "v"), pickle.loads(sent)  # as each job brings its own
+        return IngestionAddress(
+            store, source, grid, "bspline", ((), ()), volume.fingerprint, run, token
+        ).open()
+
+    before, after, another = opened_by("a", "no fill"), opened_by("a", "fill"), opened_by("b", "fill")
+    assert after.tomogram is before.tomogram
+    assert another.tomogram is not before.tomogram
+    gone = weakref.ref(before.tomogram)
+    del before, after
+    gc.collect()
+    assert gone() is None
+
+
 def test_a_process_that_does_not_see_store_or_source_says_so(tmp_path: Path) -> None:
     path = mrc(tmp_path)
     tomogram = opened(path)
@@ -377,7 +399,9 @@ def test_a_process_that_does_not_see_store_or_source_says_so(tmp_path: Path) -> 
     grid = working_grid(SHAPE, 10.0, 12.0)
 
     def address(store: Path, fingerprint: str = volume.fingerprint) -> IngestionAddress:
-        return IngestionAddress(LocalStore(store), tomogram, grid, "bspline", ((), ()), fingerprint, "token")
+        return IngestionAddress(
+            LocalStore(store), tomogram, grid, "bspline", ((), ()), fingerprint, "run", "token"
+        )
 
     assert address(tmp_path / "v").open().array.shape == volume.shape
     for wrong in (address(tmp_path / "nowhere"), address(tmp_path / "v", "of another volume")):

@@ -305,6 +305,29 @@ def test_workers_read_and_write_buckets_for_themselves(
     assert open_volume(store).percentiles == volume.percentiles
 
 
+@pytest.mark.parametrize("by", ["this process", "workers"])
+@pytest.mark.parametrize("key", ["TS_1.zarr", "TS_1.mrc"])
+def test_all_that_is_fetched_is_counted(
+    by: str, key: str, s3: S3, way: Way, stored: dict[str, int], request: Any, tmp_path: Path
+) -> None:
+    client = request.getfixturevalue("workers") if by == "workers" else None
+    tomogram = opened(s3, key)
+    volume = ingest(tomogram, tmp_path / "volume", voxel_size=14.5, client=client)
+    traffic = tomogram.traffic
+    assert traffic is not None
+    found = sorted((one for one in way.asked if one.status in (200, 206)), key=lambda one: one.sent)
+    assert traffic.bytes == sum(one.sent for one in found)
+    assert traffic.requests == len(way.asked)
+    whole = {one.path: one.sent for one in found}
+    assert traffic.stored == sum(whole.values())  # each of these objects is small enough for one request
+    for path in {one.path for one in way.data()}:
+        times = sum(one.path == path and one.sent == whole[path] for one in way.data())
+        assert times <= (1 if client is None else 3)  # here and by each worker once
+    again = ingest(tomogram, tmp_path / "volume", voxel_size=14.5, client=client)
+    assert again.percentiles == volume.percentiles
+    assert traffic.requests == len(way.asked)
+
+
 def test_picks_are_written_to_an_address(
     s3: S3, way: Way, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -133,7 +134,8 @@ def test_a_dataset_is_picked_from_the_bucket(
 ) -> None:
     output = tmp_path / "picks"
     shown = run("pick", *PICK, "--output", output)
-    assert "fetched" in shown.stdout
+    line = r"fetched \S+ MB in \d+ requests, 1\.0\d times the \S+ MB stored"
+    assert len(re.findall(line, shown.stdout)) == 2
     for name, folder in folders.items():
         ours = pick(open_tomogram(folder), NamedBlobPicker(), PickOptions(80.0))
         theirs = read_picks(output / f"{name}.star")[name]

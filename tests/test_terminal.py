@@ -29,8 +29,10 @@ from tomocpt_stream.terminal import (
     say_failure,
     show_progress,
     show_warning,
+    traffic_line,
 )
 from tomocpt_stream.tomogram import open_tomogram
+from tomocpt_stream.traffic import Traffic
 
 
 def test_lines_carry_their_units() -> None:
@@ -42,6 +44,14 @@ def test_lines_carry_their_units() -> None:
     assert plan_line(grid, plan) == f"  working voxel size 14.5 Å; {plan}"
     assert plan_line(grid, plan, workers=3) == f"  working voxel size 14.5 Å; {plan} in each of 3 workers"
     assert str(plan).endswith("GB")
+
+
+def test_what_was_fetched_stands_beside_what_is_stored() -> None:
+    traffic = Traffic()
+    for _ in range(2):
+        traffic.add(123_456_789, "0/0/0")
+    assert traffic_line(traffic) == "  fetched 247 MB in 2 requests, 2.00 times the 123 MB stored"
+    assert traffic_line(Traffic()) == "  fetched 0 MB in 0 requests, 0.00 times the 0 MB stored"
 
 
 def test_a_cluster_is_its_size_and_where_to_look_at_it() -> None:

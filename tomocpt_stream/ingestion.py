@@ -15,6 +15,7 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 import numpy.typing as npt
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from tomocpt_stream.frame import Box, Grid, Rule, Shape
     from tomocpt_stream.stages import Report
     from tomocpt_stream.tomogram import Tomogram
+    from tomocpt_stream.traffic import Traffic
     from tomocpt_stream.zarrays import Missing
 
 Floats = npt.NDArray[np.float32]
@@ -156,7 +158,10 @@ class Ingestion:
 
 @dataclass(frozen=True)
 class IngestionAddress:
-    """Where the source and the arrays of a volume lie, for any process that sees both."""
+    """Where the source and the arrays of a volume lie, for any process that sees both.
+
+    `run` tells one ingestion from others, `token` one state of what is known of its fill.
+    """
 
     store: Store
     tomogram: Tomogram
@@ -164,6 +169,7 @@ class IngestionAddress:
     rule: Rule
     facts: FillFacts
     fingerprint: str
+    run: str
     token: str
 
     def open(self) -> Ingestion:
@@ -177,9 +183,25 @@ class IngestionAddress:
                 expected="a store that all workers see under the same address",
                 remedy="give a folder on a file system, or the store of a bucket, that all machines share",
             )
-        self.tomogram.confirm()
+        tomogram = _SOURCES.setdefault(self.run, self.tomogram)
+        tomogram.confirm()
         group = zarr.open_group(self.store, mode="r+", zarr_format=3)
-        return Ingestion(group, self.tomogram, self.grid, self.rule, self.facts)
+        return Ingestion(group, tomogram, self.grid, self.rule, self.facts)
+
+
+_SOURCES: WeakValueDictionary[str, Tomogram] = WeakValueDictionary()
+"""The sources that are open in this process, by run: what was fetched for one stage is there for the next."""
+
+
+def with_traffic(
+    function: Callable[[Any, Ingestion, Report], Any], payload: Any, volume: Ingestion, report: Report
+) -> tuple[Any, Traffic | None]:
+    """Do a job; return its answer, and what this process has asked a remote source for and not yet told.
+
+    What a job that fails has asked for is told by the next one.
+    """
+    answer, traffic = function(payload, volume, report), volume.tomogram.traffic
+    return answer, None if traffic is None else traffic.take()
 
 
 def store_tile(task: tuple[Box, int], volume: Ingestion, report: Report) -> None:

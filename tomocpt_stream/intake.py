@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from contextlib import closing
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
@@ -25,6 +26,7 @@ from tomocpt_stream.ingestion import (
     key_of,
     search_fill,
     store_tile,
+    with_traffic,
 )
 from tomocpt_stream.percentiles import Selection, unpack
 from tomocpt_stream.progress import WorkerProgress, total
@@ -151,7 +153,9 @@ class Intake:
         self, name: str, function: Callable[..., Any], jobs: list[Job], done: int, voxels: int
     ) -> Iterator[Any]:
         """Yield the answers of jobs, of which `done` of all `voxels` are done before the first."""
-        stage = Stage(name, self.volume.tomogram.name, function, self._address(), len(jobs))
+        source = self.volume.tomogram
+        work = function if self.client is None else partial(with_traffic, function)
+        stage = Stage(name, source.name, work, self._address(), len(jobs))
         most, report = done, self.progress
 
         def watch(tallies: list[Tally]) -> None:
@@ -167,7 +171,10 @@ class Intake:
             with closing(run_in_threads(stage, jobs, watch)) as answers:
                 yield from (answer for _, answer in answers)
         else:
-            yield from (answer for _, answer in run_jobs(stage, jobs, client=self.client, watch=watch))
+            for _, (answer, fetched) in run_jobs(stage, jobs, client=self.client, watch=watch):
+                if source.traffic is not None and fetched is not None:
+                    source.traffic.include(fetched)
+                yield answer
 
     def _address(self) -> Address[Ingestion]:
         volume = self.volume
@@ -180,6 +187,7 @@ class Intake:
             rule=volume.rule,
             facts=volume.facts,
             fingerprint=self.fingerprint,
+            run=self.token,
             token=f"volume {self.token} {volume.facts}",
         )
 

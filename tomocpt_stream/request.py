@@ -251,8 +251,6 @@ def _pick_one(
             progress=progress,
         )
     seconds = time.perf_counter() - began
-    if tomogram.traffic is not None:
-        click.echo(traffic_line(tomogram.traffic, seconds))
     done.append(picks)
     write_picks(done if target.shares_star else picks, target.star, format=asked.star)
     click.echo(
@@ -262,6 +260,8 @@ def _pick_one(
         from tomocpt_stream.report import draw_picks
 
         click.echo(f"  picture -> {draw_picks(tomogram, picks, target.picture, diameter=asked.diameter)}")
+    if tomogram.traffic is not None:
+        click.echo(traffic_line(tomogram.traffic))
 
 
 def _count(client: Any) -> int:

@@ -14,6 +14,7 @@ import click
 
 from tomocpt_stream.errors import ActionableError
 from tomocpt_stream.progress_log import log_progress
+from tomocpt_stream.rates import megabytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -115,10 +116,13 @@ def rate(tomogram: Tomogram, seconds: float) -> str:
     return f"{z * y * x / seconds:,.0f} voxels/s"
 
 
-def traffic_line(traffic: Traffic, seconds: float) -> str:
-    """Return what was asked of a remote store, by this process, in one line."""
-    size = traffic.bytes / 1e6
-    return f"  fetched {size:.1f} MB in {count(traffic.requests, 'request')} ({size / seconds:.1f} MB/s)"
+def traffic_line(traffic: Traffic) -> str:
+    """Return what was asked of a remote store, in one line; more than 1.00 times is what came twice."""
+    stored = traffic.stored
+    return (
+        f"  fetched {megabytes(traffic.bytes)} in {count(traffic.requests, 'request')}, "
+        f"{traffic.bytes / max(1, stored):.2f} times the {megabytes(stored)} stored"
+    )
 
 
 def count(number: int, noun: str) -> str:

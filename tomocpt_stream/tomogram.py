@@ -116,7 +116,7 @@ class Tomogram:
 
     @property
     def traffic(self) -> Traffic | None:
-        """The requests and bytes that this process has asked a remote store for; None for a local source."""
+        """What was asked of a remote store by this process and its workers; None for a local source."""
         return self._voxels.traffic
 
     @cached_property
@@ -251,8 +251,9 @@ def open_tomogram(
         "error", or "fill" to read absent zarr chunks as the array's fill value.
     storage_options
         For addresses: credentials, `endpoint`, `region`, `skip_signature` (see `remote.connect`), and
-        `cache_bytes`, the room on the local disk for what was fetched (16 GiB; 0 for none). What they
-        leave open comes from the environment; the portal's bucket needs none.
+        `cache_bytes`, the room on the local disk for what was fetched of a zarr array (16 GiB; 0 for
+        none; of an MRC file all that was fetched is kept, at most its length). What they leave open comes
+        from the environment; the portal's bucket needs none.
 
     Raises
     ------
