@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -148,6 +149,27 @@ def test_a_shard_that_is_replaced_after_its_index_came(s3: S3, way: Way, tmp_pat
     way.fault = replace
     with pytest.raises(BrokenSourceError, match="c/0/0/0 was replaced"):
         tomogram.read(MIDDLE)
+
+
+def test_threads_share_what_is_on_its_way(s3: S3, way: Way, tmp_path: Path) -> None:
+    stored = put(s3, tmp_path, "threads.zarr", 16)
+    tomogram = opened(s3, "threads.zarr")
+    way.latency = 0.01
+    boxes = [MIDDLE, HALF, ALL, (slice(9, 32), *MIDDLE[1:])] * 2
+    with ThreadPoolExecutor(8) as pool:
+        for box, found in zip(boxes, pool.map(tomogram.read, boxes), strict=True):
+            np.testing.assert_array_equal(found, VOXELS[box])
+    assert way.bytes == stored
+
+
+def test_a_store_that_is_down_is_not_asked_for_everything(s3: S3, way: Way, tmp_path: Path) -> None:
+    put(s3, tmp_path, "down.zarr", 8)
+    tomogram = opened(s3, "down.zarr", max_retries=0)
+    way.asked.clear()
+    way.fault = lambda *_: "503"
+    with pytest.raises(SourceError, match=r"failed.* to get c/"):
+        tomogram.read(ALL)
+    assert len({one.path for one in way.asked}) <= 16 + 3  # of 64
 
 
 def test_what_fails_now_and_then_is_asked_for_again(s3: S3, way: Way, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from zarr.storage import ObjectStore
 from tomocpt_stream import spool
 from tomocpt_stream.errors import BrokenSourceError
 from tomocpt_stream.remote import NoRangesError, RemoteStore, connect
-from tomocpt_stream.spool import Kept, Spool, SpooledStore
+from tomocpt_stream.spool import Kept, Spool, SpooledStore, together
 
 if TYPE_CHECKING:
     from tests.buckets import S3, Way
@@ -274,3 +274,27 @@ def test_any_parts_come_once_and_are_right(
                 for byte in part_of(range(SIZES[key]), where)
             }
             assert store.traffic.stored == len(needed)
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 3000), st.integers(1, 300)), max_size=40),
+    st.sampled_from([1, 500, 10_000]),
+)
+def test_neighbours_are_asked_for_together(found: list[tuple[int, int]], most: int) -> None:
+    extents = [(start, start + size) for start, size in found]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(spool, "PART", most)
+        parts = together(extents)
+    needed = {byte for extent in extents for byte in range(*extent)}
+    covered = {byte for part in parts for byte in range(*part)}
+    assert needed <= covered
+    assert len(covered) <= 1.05 * len(needed)
+    largest = max((stop - start for start, stop in extents), default=0)
+    assert all(stop - start <= max(most, largest) for start, stop in parts)
+
+
+def test_a_small_gap_costs_less_than_a_request() -> None:
+    assert together([(0, 100), (200, 300), (105, 200)]) == [(0, 300)]
+    assert together([(0, 100), (106, 206)]) == [(0, 100), (106, 206)]
+    assert together([(0, 100), (0, 100), (20, 30)]) == [(0, 100)]
+    assert together([(0, 1000), (1050, 1051), (1080, 1081)]) == [(0, 1051), (1080, 1081)]

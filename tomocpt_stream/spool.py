@@ -49,6 +49,8 @@ LIMIT = 16 << 30
 SPARE = 0.05
 """Bytes that nobody asked for, as a share of those that somebody did, that may come with them."""
 
+# Failures after which nothing more is fetched ahead.
+_FAILURES = 3
 _METADATA = (".json", ".zarray", ".zattrs", ".zgroup", ".zmetadata")
 
 
@@ -234,14 +236,20 @@ class SpooledStore(WrapperStore[RemoteStore]):
     async def fetch(self, wanted: Iterable[tuple[str, ByteRequest | None]]) -> None:
         """Have objects, or parts of them, on the disk; so much is asked for at once as the bound allows.
 
-        What fails is left for `get` to ask for again, and to say why. Nothing is fetched once there was
-        no room for something, which would have to come a second time.
+        What fails is left for `get` to ask for again, and to say why; the rest is, too, after a few
+        failures, as each may have taken minutes. Nothing is fetched once there was no room for something,
+        which would have to come a second time.
         """
+        gate, failures = asyncio.Semaphore(REQUESTS), 0
 
         async def one(key: str, byte_range: ByteRequest | None) -> None:
-            if self._keeps:
-                with suppress(Exception):
-                    await self._bring(key, byte_range)
+            nonlocal failures
+            async with gate:
+                if self._keeps and failures < _FAILURES:
+                    try:
+                        await self._bring(key, byte_range)
+                    except Exception:
+                        failures += 1
 
         await asyncio.gather(*(one(key, byte_range) for key, byte_range in wanted))
 
