@@ -76,6 +76,13 @@ def test_a_source_given_twice_is_refused(tmp_path: Path, monkeypatch: pytest.Mon
             unique_names([source, again])
 
 
+def test_an_address_is_one_however_it_is_written() -> None:
+    sources = ["s3://box/x/TS%201.zarr", "s3://box/y/TS 1.zarr", "s3://box/../a.zarr"]
+    assert list(unique_names(sources).values()) == ["x_TS_1", "y_TS_1", "a"]
+    with pytest.raises(PlanError, match=r"s3:/box/x/TS 1\.zarr given more than once"):
+        unique_names([*sources, "s3a://box/x/TS 1.zarr/"])
+
+
 def test_an_input_is_never_an_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     mrc(tmp_path / "a.mrc")

@@ -138,6 +138,19 @@ def test_its_fingerprint_takes_one_object(
     assert opened(s3, "other.zarr").fingerprint["sample"] != ours["sample"]
 
 
+def test_a_tomogram_is_one_however_its_address_is_written(s3: S3, way: Way, folder: Path) -> None:
+    s3.bucket.put_folder(folder, "spaced/TS 1.zarr")
+    write_mrc(folder.parent / "TS_1.mrc", VOXELS, 10.0)
+    s3.bucket.put("spaced/TS 1.mrc", (folder.parent / "TS_1.mrc").read_bytes())
+    for suffix in ("zarr", "mrc"):
+        one, other = (opened(s3, f"spaced/TS{space}1.{suffix}") for space in (" ", "%20"))
+        assert one.fingerprint == other.fingerprint
+        assert one.source == other.source == s3.address(f"spaced/TS%201.{suffix}")
+        assert one.name == other.name == "TS 1"
+    with pytest.raises(SourceError, match="between two slashes"):
+        opened(s3, "spaced/../TS_1.zarr")
+
+
 def test_a_level_is_read_only_when_asked_for(s3: S3, way: Way, stored: dict[str, int]) -> None:
     tomogram = opened(s3, level=1)
     assert (tomogram.shape, tomogram.voxel_size) == ((20, 35, 38), 20.0)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import pickle
+import re
 import threading
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import TYPE_CHECKING, Any
-from urllib.parse import quote
+from typing import TYPE_CHECKING, Any, ClassVar
+from urllib.parse import quote, unquote
 
 import pytest
 from obstore.exceptions import GenericError
@@ -16,9 +19,12 @@ from zarr.core.sync import sync
 from tomocpt_stream.errors import SourceError
 from tomocpt_stream.files import RemoteFile
 from tomocpt_stream.remote import (
+    _SIGNS,
     PORTAL_BUCKET,
+    ForbiddenError,
     NoRangesError,
     ReplacedError,
+    canonical,
     connect,
     is_remote,
     parent,
@@ -30,6 +36,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from tests.buckets import S3, Way
+    from tomocpt_stream.remote import RemoteStore
 
 PROTOTYPE = default_buffer_prototype()
 
@@ -42,6 +49,9 @@ VARIABLES = (
     "AWS_DEFAULT_REGION",
     "AWS_ENDPOINT_URL",
     "AWS_ENDPOINT",
+    *_SIGNS["aws"],
+    *_SIGNS["azure"],
+    *_SIGNS["google"],
 )
 
 
@@ -72,6 +82,31 @@ def config(address: str, **options: Any) -> dict[str, Any]:
 )
 def test_an_address_has_a_scheme(text: str, expected: bool) -> None:
     assert is_remote(text) is expected
+
+
+@pytest.mark.parametrize(
+    ("text", "one"),
+    [
+        ("s3://Box/TS 1.zarr", "s3://Box/TS%201.zarr"),
+        ("s3://Box/TS%201.zarr/", "s3://Box/TS%201.zarr"),
+        ("S3A://Box/%54S%201.zarr", "s3://Box/TS%201.zarr"),
+        ("s3://box/a+b(c)%2Bé", "s3://box/a+b(c)+%C3%A9"),
+        ("s3://box/a%2520%231%3Fb", "s3://box/a%2520%231%3Fb"),
+        ("s3://box/100%.mrc", "s3://box/100%25.mrc"),
+        ("s3://box/a%2Fb", "s3://box/a/b"),
+        ("HTTPS://Host:8080/A", "https://host:8080/A"),
+        ("gs://box", "gs://box"),
+    ],
+)
+def test_an_object_has_one_address(text: str, one: str) -> None:
+    assert canonical(text) == canonical(one) == connect(text).address == one
+
+
+@pytest.mark.parametrize("path", ["a/../b", "..", "a/%2e%2E/b", "a/..%2Fb", "./a", "a//b"])
+def test_an_address_that_means_another_place_is_refused(path: str) -> None:
+    for scheme in ("s3", "https"):
+        with pytest.raises(SourceError, match=r"between two slashes.*write the address without"):
+            connect(f"{scheme}://box/{path}")
 
 
 def test_the_folder_of_an_address() -> None:
@@ -142,6 +177,44 @@ def test_the_region_of_the_environment_wins_but_not_for_the_portal(
             patched.setenv(name, "us-east-2")
             assert config("s3://bucket/a").get("region", "us-east-2") == "us-east-2"
             assert config(f"s3://{PORTAL_BUCKET}/a")["region"] == "us-west-2"
+
+
+@pytest.mark.parametrize("profile", ["default", "lab"])
+@pytest.mark.parametrize(
+    "way", ["sso_session = lab", "sso_start_url = https://there", "credential_process = /bin/true"]
+)
+def test_a_login_that_is_not_followed_is_said_where_it_matters(
+    profile: str, way: str, s3: S3, nobody: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    s3.bucket.put("private/k", b"x", private=True)
+    (nobody / ".aws").mkdir()
+    section = "default" if profile == "default" else f"profile {profile}"
+    (nobody / ".aws" / "config").write_text(f"[{section}]\n{way}\nregion = us-west-2\n")
+    monkeypatch.setenv("AWS_PROFILE", profile)
+    address = s3.address("private")
+    store = pickle.loads(pickle.dumps(connect(address, s3.options())))
+    said = (
+        rf"{profile}' signs in by {way.split()[0]}, .*aws configure export-credentials --profile {profile} "
+    )
+    with pytest.raises(ForbiddenError, match=said):
+        sync(store.get("k", PROTOTYPE))
+    # Not where it would help nobody: unsigned on purpose, or signed in another way.
+    for more in ({"anon": True}, {"key": "a", "secret": "b"}):
+        assert not connect(address, s3.options(**more)).hint
+    assert not connect(f"s3://{PORTAL_BUCKET}/a").hint
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "me")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hush")
+    assert not connect(address, s3.options()).hint
+
+
+def test_keys_beside_a_login_are_taken(nobody: Path) -> None:
+    (nobody / ".aws").mkdir()
+    (nobody / ".aws" / "config").write_text("[default]\nsso_session = lab\n")
+    (nobody / ".aws" / "credentials").write_text(
+        "[default]\naws_access_key_id = a\naws_secret_access_key = b\n"
+    )
+    assert config("s3://bucket/a")["access_key_id"] == "a"
+    assert not connect("s3://bucket/a").hint
 
 
 def test_names_of_other_libraries_are_understood() -> None:
@@ -220,15 +293,22 @@ class Plain(BaseHTTPRequestHandler):
         self.wfile.write(self.data[start:stop])
 
 
-@pytest.fixture
-def web(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The address of such a server."""
-    with ThreadingHTTPServer(("127.0.0.1", 0), Plain) as server:
-        thread = threading.Thread(target=server.serve_forever, daemon=True)
+@contextmanager
+def serving(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
+    """Serve on loopback; the address."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
         thread.start()
-        yield f"http://127.0.0.1:{server.server_port}/a"
+        yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()
         thread.join()
+
+
+@pytest.fixture
+def web() -> Iterator[str]:
+    """The address of such a server."""
+    with serving(Plain) as address:
+        yield f"{address}/a"
 
 
 def test_a_weak_tag_is_compared_here(web: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -259,6 +339,94 @@ def test_a_failing_store_is_not_asked_for_the_size_too(s3: S3, way: Way) -> None
     with pytest.raises(GenericError, match="503"):
         sync(store.part("k", 0, 10))
     assert [one.method for one in way.asked] == ["GET", "GET"]
+
+
+class Cloud(BaseHTTPRequestHandler):
+    """A store with one object, that of the asked path; it notes what requests were signed with."""
+
+    protocol_version = "HTTP/1.1"
+    asked: ClassVar[list[tuple[str, str]]] = []
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        path, _, query = self.path.partition("?")
+        self.asked.append((path, self.headers.get("Authorization", query)))
+        data = unquote(path).encode()
+        self.send_response(200)
+        self.send_header("ETag", '"1"')
+        self.send_header("Last-Modified", "Wed, 21 Oct 2015 07:28:00 GMT")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+
+@pytest.fixture
+def cloud(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The address of such a store, of which nothing was asked yet."""
+    monkeypatch.setattr(Cloud, "asked", [])
+    with serving(Cloud) as address:
+        yield address
+
+
+def get(store: RemoteStore) -> bytes:
+    found = sync(store.get("k", PROTOTYPE))
+    assert found is not None
+    return bytes(found.to_bytes())
+
+
+@pytest.mark.parametrize(
+    ("options", "environment", "signed"),
+    [
+        ({}, {}, "$"),
+        ({"account_key": "aHVzaA=="}, {}, "SharedKey me:"),
+        ({"sas_key": "sv=1&sig=f"}, {}, "sv=1&sig=f$"),
+        ({}, {"AZURE_STORAGE_ACCOUNT_KEY": "aHVzaA=="}, "SharedKey me:"),
+        ({}, {"AZURE_STORAGE_ACCESS_KEY": "aHVzaA=="}, "SharedKey me:"),
+        ({}, {"AZURE_STORAGE_MASTER_KEY": "aHVzaA=="}, "SharedKey me:"),
+        ({}, {"AZURE_STORAGE_SAS_KEY": "sv=1&sig=f"}, "sv=1&sig=f$"),
+        ({}, {"AZURE_STORAGE_SAS_TOKEN": "sv=1&sig=f"}, "sv=1&sig=f$"),
+        ({}, {"AZURE_STORAGE_TOKEN": "hush"}, "Bearer hush$"),
+        ({"skip_signature": True}, {"AZURE_STORAGE_TOKEN": "hush"}, "$"),
+    ],
+)
+def test_objects_of_azure_are_read(
+    options: dict[str, Any],
+    environment: dict[str, str],
+    signed: str,
+    cloud: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    store = connect("az://box/a b", {"account_name": "me", "endpoint_url": cloud, **options})
+    assert get(store) == b"/box/a b/k"
+    ((_, found),) = Cloud.asked
+    assert re.match(signed, found)
+
+
+def test_objects_of_google_are_read(cloud: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert get(connect("gs://box/a b", {"endpoint": cloud})) == b"/box/a b/k"
+    # An account of an emulator, which wants no signature and lies elsewhere.
+    account = {
+        "type": "service_account",
+        "gcs_base_url": cloud,
+        "disable_oauth": True,
+        "client_email": "me@there",
+        "private_key": "",
+        "private_key_id": "",
+    }
+    (tmp_path / "account.json").write_text(json.dumps(account))
+    store = connect("gs://box/a", {"service_account": str(tmp_path / "account.json"), "endpoint": cloud})
+    assert "skip_signature" not in store._store.store.config
+    assert get(store) == b"/box/a/k"
+    for name in _SIGNS["google"]:
+        with monkeypatch.context() as patched:
+            value = json.dumps(account) if name.endswith("_KEY") else str(tmp_path / "account.json")
+            patched.setenv(name, value)
+            if name != "GOOGLE_APPLICATION_CREDENTIALS":  # which must be a file of another kind
+                assert "skip_signature" not in config("gs://box/a")
 
 
 def test_secrets_are_not_printed() -> None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import unquote
 
-from tomocpt_stream.errors import ActionableError, PlanError
+from tomocpt_stream.errors import ActionableError, PlanError, SourceError
 from tomocpt_stream.pipeline import safe_name
-from tomocpt_stream.remote import is_remote
+from tomocpt_stream.remote import canonical, is_remote
 from tomocpt_stream.tomogram import address_name, open_tomogram
 
 if TYPE_CHECKING:
@@ -93,7 +95,7 @@ def unique_names(sources: Sequence[str], given: Mapping[str, str] | None = None)
     Equal ones in one folder keep their suffixes, those in different folders get the folders' names
     in front.
     """
-    paths = {source: Path(source.removeprefix("file://")).absolute() for source in sources}
+    paths = {source: _path_of(source) for source in sources}
     places = Counter(paths[source].resolve() for source in sources)
     if repeated := [str(place) for place, times in places.items() if times > 1]:
         raise PlanError(
@@ -112,6 +114,15 @@ def unique_names(sources: Sequence[str], given: Mapping[str, str] | None = None)
             if taken[name.casefold()] > 1 and depth < len(paths[source].parts) - 1:
                 names[source] = safe_name(f"{paths[source].parts[-1 - depth]}_{name}")
     return names
+
+
+def _path_of(source: str) -> Path:
+    """Return a path that is equal only for the same place; that of an address begins with its scheme."""
+    if not is_remote(source):
+        return Path(source.removeprefix("file://")).absolute()
+    with suppress(SourceError):  # which is reported when its turn comes
+        source = unquote(canonical(source))
+    return Path("/", source)
 
 
 def _name_of(source: str) -> str:

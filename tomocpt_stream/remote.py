@@ -16,7 +16,7 @@ from datetime import timedelta
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 import obstore
 from obstore.exceptions import (
@@ -77,7 +77,7 @@ _ALIASES = {
 }
 _UNSATISFIED = "416 Range Not Satisfiable"
 _TIMES = ("retry_timeout", "max_retries", "connect_timeout", "timeout")
-# Whichever of these is set, the environment has something to sign requests with.
+# Whichever of these is set, the environment has something to sign requests with. obstore reads them.
 _SIGNS = {
     "aws": (
         "AWS_ACCESS_KEY_ID",
@@ -85,9 +85,33 @@ _SIGNS = {
         "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
         "AWS_CONTAINER_CREDENTIALS_FULL_URI",
     ),
-    "google": ("GOOGLE_SERVICE_ACCOUNT", "GOOGLE_SERVICE_ACCOUNT_KEY", "GOOGLE_APPLICATION_CREDENTIALS"),
-    "azure": ("AZURE_STORAGE_ACCOUNT_KEY", "AZURE_STORAGE_SAS_KEY", "AZURE_STORAGE_CLIENT_ID"),
+    "google": (
+        "GOOGLE_SERVICE_ACCOUNT",
+        "GOOGLE_SERVICE_ACCOUNT_PATH",
+        "GOOGLE_SERVICE_ACCOUNT_KEY",
+        "GOOGLE_APPLICATION_CREDENTIALS",
+    ),
+    "azure": (
+        "AZURE_STORAGE_ACCOUNT_KEY",
+        "AZURE_STORAGE_ACCESS_KEY",
+        "AZURE_STORAGE_MASTER_KEY",
+        "AZURE_STORAGE_SAS_KEY",
+        "AZURE_STORAGE_SAS_TOKEN",
+        "AZURE_STORAGE_TOKEN",
+        "AZURE_STORAGE_CLIENT_ID",
+        "AZURE_CLIENT_ID",
+        "AZURE_FEDERATED_TOKEN_FILE",
+        "AZURE_IDENTITY_ENDPOINT",
+        "AZURE_MSI_ENDPOINT",
+        "IDENTITY_ENDPOINT",
+        "AZURE_USE_AZURE_CLI",
+        "AZURE_STORAGE_USE_EMULATOR",
+    ),
 }
+# Ways to sign in that a profile of the AWS command line may name and that only that program follows.
+_LOGINS = ("sso_session", "sso_start_url", "credential_process", "role_arn", "login_session")
+# What need not be written as %XX in the path of an address (RFC 3986, section 3.3).
+_PLAIN = "/!$&'()*+,;=:@~"
 # So are options called that have something to sign requests with.
 _CREDENTIAL = re.compile("key|secret|token|credential|service_account|client_id|azure_cli|emulator")
 _GOOGLE_LOGIN = Path(".config", "gcloud", "application_default_credentials.json")
@@ -110,17 +134,21 @@ class ReplacedError(OSError):
 
 
 class RemoteStore(WrapperStore[ObjectStore[Any]]):
-    """An object store whose refusals say what to do."""
+    """An object store whose refusals say what to do; `hint` is a remedy that they begin with.
 
-    def __init__(self, store: ObjectStore[Any], address: str) -> None:
+    Pickled, its credentials go along, to other processes and never onto a disk.
+    """
+
+    def __init__(self, store: ObjectStore[Any], address: str, hint: str = "") -> None:
         super().__init__(store)
         self.address = address
+        self.hint = hint
 
     def __str__(self) -> str:
         return self.address
 
     def _with_store(self, store: Any) -> RemoteStore:
-        return RemoteStore(store, self.address)
+        return RemoteStore(store, self.address, self.hint)
 
     async def get(
         self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None
@@ -207,8 +235,8 @@ class RemoteStore(WrapperStore[ObjectStore[Any]]):
             f"{self.address} refuses its object {key!r} (403 or 401)",
             expected="an object that may be read with the credentials at hand; a store that may not be "
             "listed also answers so where there is no such object",
-            remedy="check the address; then set the credentials in the environment (AWS_ACCESS_KEY_ID, "
-            "AWS_SECRET_ACCESS_KEY, or those of the other clouds) or in storage_options, "
+            remedy=f"{self.hint}check the address; then set the credentials in the environment "
+            "(AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, or those of the other clouds) or in storage_options, "
             "skip_signature=True for a public bucket, skip_signature=False for the role of the machine",
         )
 
@@ -218,8 +246,44 @@ def is_remote(text: str) -> bool:
     return "://" in text and urlsplit(text).scheme.lower() != "file"
 
 
+def canonical(address: str) -> str:
+    """Return the one way to write an address: `TS%201.zarr` and `TS 1.zarr` are one object.
+
+    Raises
+    ------
+    SourceError
+        An unknown scheme, no bucket or host, a password or a query, or .. in the path.
+    """
+    parts = urlsplit(address)
+    scheme = parts.scheme.lower().replace("s3a", "s3")
+    if scheme not in SCHEMES or not parts.netloc:
+        raise SourceError(
+            f"the address {address}",
+            expected=f"a path, or an address that starts with {', '.join(f'{name}://' for name in SCHEMES)}",
+            remedy="check its spelling",
+        )
+    _refuse_secrets(parts, SCHEMES[scheme])
+    path = unquote(parts.path, errors="surrogateescape").rstrip("/")
+    if not {"", ".", ".."}.isdisjoint(path.split("/")[1:]):
+        raise SourceError(
+            f"the address {address} has nothing, a . or a .. between two slashes",
+            expected="the place itself: some stores take these for names, others for another folder",
+            remedy="write the address without them",
+        )
+    place = parts.netloc.lower() if SCHEMES[scheme] == "web" else parts.netloc
+    return f"{scheme}://{place}{quote(path, _PLAIN, errors='surrogateescape')}"
+
+
+def same_cloud(one: str, other: str) -> bool:
+    """Return whether two addresses lie with providers that take the same options."""
+    first, second = (SCHEMES.get(urlsplit(address).scheme.lower()) for address in (one, other))
+    return first == second
+
+
 def connect(address: str, options: Mapping[str, Any] | None = None, *, read_only: bool = True) -> RemoteStore:
     """Return the store whose root is at an address (s3://, gs://, az://, https://); nothing is asked yet.
+
+    It may be passed wherever a store is written or read, and takes its options along.
 
     `options` are those of obstore's stores (`region`, `endpoint`, `access_key_id`,
     `secret_access_key`, `session_token`, `skip_signature` and the like), their names in fsspec
@@ -231,19 +295,15 @@ def connect(address: str, options: Mapping[str, Any] | None = None, *, read_only
     Raises
     ------
     SourceError
-        An unknown scheme or option, no bucket or host, or a password in the address.
+        An unknown option, or an address that `canonical` refuses.
     """
-    parts = urlsplit(address)
-    cloud = SCHEMES.get(parts.scheme.lower())
-    if cloud is None or not parts.netloc:
-        raise SourceError(
-            f"the address {address}",
-            expected=f"a path, or an address that starts with {', '.join(f'{name}://' for name in SCHEMES)}",
-            remedy="check its spelling",
-        )
-    _refuse_secrets(parts, cloud)
+    root = canonical(address)
+    parts = urlsplit(root)
+    cloud = SCHEMES[parts.scheme]
     given = {_ALIASES.get(name, name): value for name, value in (options or {}).items()}
-    root = f"{parts.scheme.lower()}://{parts.netloc}{parts.path}".rstrip("/")
+    given.pop("cache_bytes", None)  # of those who read tomograms
+    if cloud == "google" and "endpoint" in given:
+        given["base_url"] = given.pop("endpoint")
     try:
         times = {name: float(given.pop(name)) for name in _TIMES if name in given}
         config = {**_defaults(cloud, parts.netloc, given), **given}
@@ -251,7 +311,7 @@ def connect(address: str, options: Mapping[str, Any] | None = None, *, read_only
         store = make(
             root,
             **({} if cloud == "web" else {"config": config}),
-            client_options=_client(config, times, plain=parts.scheme.lower() == "http"),
+            client_options=_client(config, times, plain=parts.scheme == "http"),
             retry_config={
                 "max_retries": int(times.get("max_retries", MAX_RETRIES)),
                 "retry_timeout": timedelta(seconds=times.get("retry_timeout", RETRY_TIMEOUT)),
@@ -269,7 +329,9 @@ def connect(address: str, options: Mapping[str, Any] | None = None, *, read_only
             remedy="check the address and storage_options",
         ) from error
     _pause_at_exit()
-    return RemoteStore(ObjectStore(store, read_only=read_only), address.rstrip("/"))
+    unsigned = config.get("skip_signature") is True and "skip_signature" not in given
+    hint = _unread_login() if cloud == "aws" and unsigned and parts.netloc != PORTAL_BUCKET else ""
+    return RemoteStore(ObjectStore(store, read_only=read_only), root, hint)
 
 
 @cache
@@ -330,7 +392,27 @@ def _signs(cloud: str) -> bool:
 
 def _profile() -> dict[str, str]:
     """Return keys and region of the profile AWS_PROFILE, or "default", from the files of `aws configure`."""
+    found = _profile_settings(os.environ.get("AWS_PROFILE") or "default")
+    wanted = ["aws_access_key_id", "aws_secret_access_key", "aws_session_token"]
+    if not any(os.environ.get(name) for name in ("AWS_REGION", "AWS_DEFAULT_REGION")):
+        wanted.append("region")
+    return {_ALIASES.get(key, key): found[key] for key in wanted if key in found}
+
+
+def _unread_login() -> str:
+    """Return what to do where the profile signs in by another program, "" where it does not."""
     name = os.environ.get("AWS_PROFILE") or "default"
+    ways = [way for way in _LOGINS if way in _profile_settings(name)]
+    if not ways:
+        return ""
+    return (
+        f"the AWS profile {name!r} signs in by {ways[0]}, which only the AWS command line follows, so that "
+        f'the request was not signed: run eval "$(aws configure export-credentials --profile {name} '
+        '--format env)" in the shell and try again; or '
+    )
+
+
+def _profile_settings(name: str) -> dict[str, str]:
     home = Path.home() / ".aws"
     files = {
         os.environ.get("AWS_SHARED_CREDENTIALS_FILE") or home / "credentials": name,
@@ -347,15 +429,13 @@ def _profile() -> dict[str, str]:
             continue
         if parser.has_section(section):
             found = {**dict(parser.items(section)), **found}
-    wanted = ["aws_access_key_id", "aws_secret_access_key", "aws_session_token"]
-    if not any(os.environ.get(name) for name in ("AWS_REGION", "AWS_DEFAULT_REGION")):
-        wanted.append("region")
-    return {_ALIASES.get(key, key): found[key] for key in wanted if key in found}
+    return found
 
 
 def _client(config: Mapping[str, Any], times: Mapping[str, float], *, plain: bool) -> dict[str, Any]:
     """Return how connections are made; without encryption only where an address asks for that."""
-    endpoints = [config.get("endpoint"), *map(os.environ.get, ("AWS_ENDPOINT_URL", "AWS_ENDPOINT"))]
+    endpoints = [config.get(name) for name in ("endpoint", "base_url", "google_base_url")]
+    endpoints += map(os.environ.get, ("AWS_ENDPOINT_URL", "AWS_ENDPOINT", "AZURE_STORAGE_ENDPOINT"))
     version = getattr(sys.modules.get("tomocpt_stream"), "__version__", "")
     return {
         "allow_http": plain or any(re.match("http://", str(one)) for one in endpoints if one),

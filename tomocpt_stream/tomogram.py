@@ -10,7 +10,7 @@ import warnings
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 from urllib.request import url2pathname
 from uuid import uuid4
 
@@ -25,7 +25,7 @@ from tomocpt_stream.frame import Box, Frame, Shape
 from tomocpt_stream.mrc import MrcFile
 from tomocpt_stream.omezarr import Place, as_voxels, open_zarr
 from tomocpt_stream.portal_records import TomogramRecord
-from tomocpt_stream.remote import connect, is_remote, parent
+from tomocpt_stream.remote import canonical, connect, is_remote, parent
 from tomocpt_stream.spool import LIMIT, SpooledStore
 from tomocpt_stream.voxel_sizes import ANISOTROPY, contradictions, given_size, stated_size
 from tomocpt_stream.voxels import ArrayVoxels, DaskVoxels, Voxels
@@ -322,7 +322,7 @@ def _open(
     source: object, level: int, missing: Missing, options: Mapping[str, Any] | None
 ) -> tuple[Voxels, Place, str, str]:
     if isinstance(source, str) and is_remote(source):
-        return _open_address(source.rstrip("/"), level, missing, options)
+        return _open_address(canonical(source), level, missing, options)
     if isinstance(source, str | os.PathLike):
         return _open_path(_local_path(os.fspath(source)), level, missing)
     voxels: Voxels
@@ -383,7 +383,7 @@ def _local_path(source: str | bytes) -> Path:
 
 def address_name(address: str) -> str:
     """Return what a tomogram at an address is called when nobody says."""
-    return _name(Path(urlsplit(address).path))
+    return _name(Path(unquote(urlsplit(address).path)))
 
 
 def _name(path: Path) -> str:
