@@ -168,6 +168,37 @@ def test_a_store_that_forbids_what_it_has_not_is_read_all_the_same(
     np.testing.assert_array_equal(opened(s3).read(ALL), VOXELS)
 
 
+@pytest.mark.parametrize("layout", ["chunks", "shards"])
+def test_a_store_that_may_not_be_listed_may_lack_chunks_all_the_same(
+    layout: str, s3: S3, way: Way, stored: dict[str, int], tmp_path: Path
+) -> None:
+    key, form, name = "TS_1.zarr", 2, "/0/1/1/1"
+    if layout == "shards":
+        key, form, name = "sharded.zarr", 3, "/c/1/1/1"
+        array = zarr.create_array(tmp_path / key, shape=SHAPE, chunks=(16,) * 3, shards=(32,) * 3, dtype="f4")
+        array[:] = VOXELS
+        s3.bucket.put_folder(tmp_path / key, key)
+    metadata = "zarr.json" if form == 3 else ".zarray"
+    tomograms = {way_: opened(s3, key, voxel_size=10.0, missing=way_) for way_ in ("error", "fill")}
+    way.reset()
+    way.fault = lambda method, path, _: "403" if path.endswith(name) else None
+    with pytest.raises(ForbiddenError, match=rf"{key} refuses its object '.*1/1/1'.*pass missing=\"fill\""):
+        tomograms["error"].read(ALL)
+    expected = VOXELS.copy()
+    expected[32:, 32:64, 32:64] = 0
+    with pytest.warns(UserWarning, match=rf"{key} refuses .*{name[1:]} among them"):
+        found = tomograms["fill"].read(ALL)
+    np.testing.assert_array_equal(found, expected)
+    asked = sum(one.path.endswith(name) for one in way.asked)
+    np.testing.assert_array_equal(tomograms["fill"].read(ALL), expected)  # and is not said again
+    assert sum(one.path.endswith(name) for one in way.asked) == asked
+    # Credentials that have lost their force make nothing absent.
+    way.fault = lambda method, path, _: "403" if path.endswith((name, metadata)) else None
+    again = pickle.loads(pickle.dumps(tomograms["fill"]))
+    with pytest.raises(ForbiddenError, match=r"refuses its object"):
+        again.read(ALL)
+
+
 def test_a_private_object_says_what_to_do(s3: S3, way: Way) -> None:
     s3.bucket.put("private.mrc", b"x" * 2000, private=True)
     with pytest.raises(

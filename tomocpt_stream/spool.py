@@ -24,7 +24,7 @@ from zarr.core.buffer import default_buffer_prototype
 from zarr.storage import WrapperStore
 
 from tomocpt_stream.errors import BrokenSourceError
-from tomocpt_stream.remote import NoRangesError, RemoteStore, ReplacedError
+from tomocpt_stream.remote import ForbiddenError, NoRangesError, RemoteStore, ReplacedError
 from tomocpt_stream.traffic import Traffic
 
 if TYPE_CHECKING:
@@ -248,6 +248,8 @@ class SpooledStore(WrapperStore[RemoteStore]):
                 if self._keeps and failures < _FAILURES:
                     try:
                         await self._bring(key, byte_range)
+                    except ForbiddenError:
+                        pass  # which was said at once
                     except Exception:
                         failures += 1
 

@@ -248,7 +248,8 @@ def open_tomogram(
         "y" reads a volume that IMOD has not turned yet as if it had: new z is file y, new y counts
         file z from the far face.
     missing
-        "error", or "fill" to read absent zarr chunks as the array's fill value.
+        "error", or "fill" to read absent zarr chunks as the array's fill value; so are those that a
+        store refuses (403), as one does that may not be listed, if it gives the array's metadata.
     storage_options
         For addresses: credentials, `endpoint`, `region`, `skip_signature` (see `remote.connect`), and
         `cache_bytes`, the room on the local disk for what was fetched of a zarr array (16 GiB; 0 for

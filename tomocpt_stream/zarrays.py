@@ -12,6 +12,7 @@ import itertools
 import json
 import math
 import socket
+import warnings
 from typing import TYPE_CHECKING, Any, Literal
 from uuid import uuid4
 
@@ -28,6 +29,7 @@ from zarr.storage import LocalStore, MemoryStore, StorePath, WrapperStore
 from tomocpt_stream.decoded import DECODED
 from tomocpt_stream.errors import BrokenSourceError, SourceError
 from tomocpt_stream.patience import PatientStore, bare
+from tomocpt_stream.remote import ForbiddenError
 from tomocpt_stream.spool import SpooledStore, together
 from tomocpt_stream.voxels import SAMPLE_EDGE, is_shared
 
@@ -51,22 +53,43 @@ LARGE_CHUNK = 8 << 20
 
 
 class CheckedStore(WrapperStore[Store]):
-    """A store that raises a SourceError where an object of an array is absent, empty or cut short."""
+    """A store that raises a SourceError where an object of an array is absent, empty or cut short.
 
-    def __init__(self, store: Store, address: str, missing: Missing, *, blosc: bool) -> None:
+    A store that may not be listed refuses what it has not. With `missing="fill"` a refused object counts
+    as absent, and its key is in `refused`, where the array's metadata, the object `witness`, are given
+    at the same time with the same credentials.
+    """
+
+    def __init__(
+        self, store: Store, address: str, missing: Missing, *, blosc: bool, witness: str | None = None
+    ) -> None:
         super().__init__(store)
         self._address = address
         self._missing = missing
         self._blosc = blosc
+        self._witness = witness
+        self.refused: set[str] = set()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave behind what this process was refused: others ask for themselves."""
+        return {**self.__dict__, "refused": set()}
 
     def _with_store(self, store: Store) -> CheckedStore:
-        return CheckedStore(store, self._address, self._missing, blosc=self._blosc)
+        return CheckedStore(store, self._address, self._missing, blosc=self._blosc, witness=self._witness)
 
     async def get(
         self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None
     ) -> Buffer | None:
         """Return the bytes of an object, or None where it is absent and may be."""
-        found = await self._store.get(key, prototype, byte_range)
+        if key in self.refused:
+            return None
+        try:
+            found = await self._store.get(key, prototype, byte_range)
+        except ForbiddenError as error:
+            if self._witness is None:
+                raise
+            await self._bear_out(key, error)
+            return None
         if found is None:
             if self._missing == "error":
                 raise self._lost(key)
@@ -79,6 +102,19 @@ class CheckedStore(WrapperStore[Store]):
         if len(found) < needed:
             raise self._cut_short(key, len(found), needed)
         return found
+
+    async def _bear_out(self, key: str, error: ForbiddenError) -> None:
+        """Return where a refused object counts as absent, or raise what the refusal means."""
+        if self._missing == "error":
+            raise ForbiddenError(
+                error.found,
+                expected=error.expected,
+                remedy=f"{error.remedy}; where chunks may be absent (some writers drop those that hold "
+                'nothing but the fill value), pass missing="fill"',
+            ) from error
+        if await self._store.get(self._witness or "", default_buffer_prototype()) is None:
+            raise error
+        self.refused.add(key)
 
     def _lost(self, key: str) -> ActionableError:
         return absent(self._address, key)
@@ -123,8 +159,11 @@ class ZarrVoxels:
         self._sharding = _sharding(metadata, address)
         self._stored = bare(array.store)
         self._asked = PatientStore(self._stored, SourceError)
-        store = CheckedStore(self._asked, address, missing, blosc=blosc)
-        self.array = zarr.Array(zarr.AsyncArray(metadata, StorePath(store, array.path)))
+        name = "zarr.json" if metadata.zarr_format == 3 else ".zarray"
+        self._witness = f"{array.path}/{name}" if array.path else name
+        self._guarded = CheckedStore(self._asked, address, missing, blosc=blosc, witness=self._witness)
+        self._told = False  # that some objects are refused
+        self.array = zarr.Array(zarr.AsyncArray(metadata, StorePath(self._guarded, array.path)))
         self.order = order
         self.missing = missing
         self.address = address
@@ -167,10 +206,23 @@ class ZarrVoxels:
             raise
         except Exception as error:
             raise self._undecodable(region, error) from error
+        self._tell_refused()
         others = [axis for axis in range(self.array.ndim) if axis not in self.order]
         shape = [where.stop - where.start for where in box]
         with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinite, which ingest reports
             return np.ascontiguousarray(found.transpose([*others, *self.order]).reshape(shape), np.float32)
+
+    def _tell_refused(self) -> None:
+        """Warn, once, where objects are taken as absent that the store refuses."""
+        if self._guarded.refused and not self._told:
+            self._told = True
+            warnings.warn(
+                f"{self.address} refuses objects of which it does not say whether they are absent, "
+                f'{min(self._guarded.refused)} among them; with missing="fill" they are read as the fill '
+                "value, because the array's metadata are not refused",
+                UserWarning,
+                stacklevel=3,
+            )
 
     def _fetch(self, wanted: Iterable[tuple[str, ByteRequest | None]]) -> None:
         """Have stored objects of a remote source, or parts of them, on the disk before they are decoded.
@@ -178,7 +230,8 @@ class ZarrVoxels:
         Zarr would ask for the chunks of a shard one after the other.
         """
         if isinstance(self._stored, SpooledStore):
-            sync(self._stored.fetch(wanted))
+            refused = self._guarded.refused
+            sync(self._stored.fetch(one for one in wanted if one[0] not in refused))
 
     def _wanted(self, place: tuple[int, ...], part: Sequence[slice]) -> ByteRequest | None:
         """Return what to ask for first: the whole object, or the index of a shard that is read in part."""
@@ -263,9 +316,7 @@ class ZarrVoxels:
 
     def confirm(self) -> None:
         """Raise a SourceError where the store holds no array: all its chunks would be absent ones."""
-        name = "zarr.json" if self.array.metadata.zarr_format == 3 else ".zarray"
-        key = f"{self.array.path}/{name}" if self.array.path else name
-        if sync(self._asked.get(key, default_buffer_prototype())) is None:
+        if sync(self._asked.get(self._witness, default_buffer_prototype())) is None:
             raise BrokenSourceError(
                 f"{socket.gethostname()} finds no array at {self.address}",
                 expected="a source that every worker sees under the same address",
