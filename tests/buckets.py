@@ -5,13 +5,14 @@ from __future__ import annotations
 import http.client
 import json
 import logging
+import re
 import threading
 import time
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING, Any, NamedTuple
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 import boto3
 import numpy as np
@@ -39,6 +40,7 @@ class Asked:
     range: str | None
     status: int
     sent: int
+    signer: str = ""  # the id of the key that signed it
 
 
 @dataclass
@@ -46,11 +48,13 @@ class Way:
     """The way to a server: every request is kept in `asked`, and may come late or to grief.
 
     `fault` gets method, path and how often that path was asked for before, and returns None or one of
-    "503", "403", "truncate", "drop".
+    "503", "403", "truncate", "drop". What has a word of `private` in its path or its query is refused to
+    all but the key of that word.
     """
 
     latency: float = 0.0
     fault: Callable[[str, str, int], str | None] = lambda *_: None
+    private: dict[str, str] = field(default_factory=dict)
     asked: list[Asked] = field(default_factory=list)
     most_at_once: int = 0
     url: str = ""
@@ -61,6 +65,7 @@ class Way:
         """Forget what was asked, and go straight."""
         self.latency, self.fault, self.most_at_once = 0.0, (lambda *_: None), 0
         self.asked.clear()
+        self.private.clear()
 
     def data(self) -> list[Asked]:
         """Return the requests for voxels that were answered with some."""
@@ -101,13 +106,16 @@ class _Handler(BaseHTTPRequestHandler):
         path, way = urlsplit(self.path).path, self.server.way
         with way.lock:
             before = sum(one.path == path for one in way.asked)
-            asked = Asked(self.command, path, self.headers.get("Range"), 0, 0)
+            signer = re.search("Credential=([^/]+)/", self.headers.get("Authorization", ""))
+            asked = Asked(self.command, path, self.headers.get("Range"), 0, 0, signer[1] if signer else "")
             way.asked.append(asked)
             way.under_way += 1
             way.most_at_once = max(way.most_at_once, way.under_way)
         try:
             time.sleep(way.latency)
             fault = way.fault(self.command, path, before)
+            owners = {key for word, key in way.private.items() if word in unquote(self.path)}
+            fault = fault if owners <= {asked.signer} else "403"
             if fault == "drop":
                 self.close_connection = True
             elif fault in ("503", "403"):

@@ -42,7 +42,7 @@ from tomocpt_stream.volume import ATTRIBUTE
 from tomocpt_stream.voxels import shared
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     import numpy.typing as npt
 
@@ -158,8 +158,12 @@ def predict(  # noqa: PLR0913  (the public signature of the design)
     mask: MaskLike | None = None,
     client: Any = None,
     progress: Progress = silent,
+    storage_options: Mapping[str, Any] | None = None,
 ) -> Heatmap:
-    """Score a volume task by task into `store` (a path or a zarr store) and return the heat map.
+    """Score a volume task by task into `store` and return the heat map.
+
+    `store` is a path, an address or a zarr store. `storage_options` are those of `remote.connect` for
+    `store` and `mask` where they are addresses; where these differ, pass one of them opened.
 
     `mask` is a file, a zarr or numpy array or a Tomogram over the same specimen: windows without a
     voxel of it are not scored, candidates outside it are dropped. A run that was killed goes on
@@ -176,10 +180,11 @@ def predict(  # noqa: PLR0913  (the public signature of the design)
         The picker's scores are not numbers, or the map has over 5 million candidates.
     """
     _check_request(volume, picker, plan, options)
-    allowed = None if mask is None else open_mask(mask, volume.frame, volume.grid)
+    allowed = None if mask is None else open_mask(mask, volume.frame, volume.grid, storage_options)
     negate = is_negated(picker, options)
     config = _config(volume, picker, plan, negate=negate, mask=allowed)
-    target = as_store(store) if client is None else shared(as_store(store))
+    target = as_store(store, storage_options)
+    target = target if client is None else shared(target)
     asked = PatientStore(target)
     attributes = claim_store(asked, volume, plan, config, floor=min(CANDIDATE_FLOOR, options.threshold))
     if "finished" in attributes:

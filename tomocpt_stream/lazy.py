@@ -23,20 +23,24 @@ from weakref import WeakValueDictionary
 
 import cloudpickle
 import numpy as np
+from zarr.storage import LocalStore
 
 from tomocpt_stream.assignment import picker_name
 from tomocpt_stream.errors import PlanError
 from tomocpt_stream.heatmap import PickOptions, Scorer, is_negated
 from tomocpt_stream.mask import MaskLike, open_mask
 from tomocpt_stream.pipeline import VOLUME, level_for, plan_pick, scratch_folder
-from tomocpt_stream.receipts import config_hash
+from tomocpt_stream.receipts import as_store, config_hash, within
 from tomocpt_stream.stages import residents
 from tomocpt_stream.sweep import Scoring, Turns, score_chunk
 from tomocpt_stream.volume import ingest, open_volume
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     import dask.array as da  # noqa: TID251 - dask is loaded only by who asks for it
     import numpy.typing as npt
+    from zarr.abc.store import Store
 
     from tomocpt_stream.blocks import BlockPlan, Index
     from tomocpt_stream.mask import Mask
@@ -54,6 +58,7 @@ def heatmap_lazy(
     *,
     mask: MaskLike | None = None,
     scratch: str | Path | None = None,
+    storage_options: Mapping[str, Any] | None = None,
 ) -> da.Array:
     """Return the scores of a tomogram as a dask array (z, y, x) on the working grid, float32.
 
@@ -62,7 +67,7 @@ def heatmap_lazy(
     hashed). The first chunk to be computed has the whole tomogram brought onto the working grid before
     it, by one process: into the folder below `scratch` that `pick` would take, which is taken up where
     it is there already, and which all workers of a cluster must see. Without `scratch` it is a temporary
-    folder of this machine that is removed when this process ends.
+    folder of this machine that is removed when this process ends. `storage_options` are as for `pick`.
 
     This is for parts of a map, and for what dask does with them. Each chunk scores all windows that
     contribute to it. With `stitch="crop"` no other chunk needs them; with windows that are blended the
@@ -86,14 +91,16 @@ def heatmap_lazy(
     tomogram = level_for(tomogram, picker, options)
     grid, plan = plan_pick(tomogram, picker, options)
     plan = replace(plan, group=(1, 1, 1))  # every chunk is a task of its own
-    allowed = None if mask is None else open_mask(mask, tomogram.frame, grid)
-    base = _own_folder() if scratch is None else Path(scratch).absolute()
-    folder = base / scratch_folder(tomogram, grid)
+    allowed = None if mask is None else open_mask(mask, tomogram.frame, grid, storage_options)
+    volume = within(
+        within(_own_folder() if scratch is None else scratch, scratch_folder(tomogram, grid)), VOLUME
+    )
+    store = as_store(volume, storage_options)
     name = picker_name(picker, otherwise=str(uuid.uuid4()))
     negate = is_negated(picker, options)
     token = config_hash(
         {
-            "folder": str(folder),
+            "volume": str(store),
             "picker": name,
             "plan": repr(plan),
             "negate": negate,
@@ -101,7 +108,7 @@ def heatmap_lazy(
         }
     )[:32]
     packed = _Parcel(name, picker, lasts=getattr(picker, "fingerprint", None) is not None)
-    scores = _Scores(folder, packed, plan, allowed, negate=negate)
+    scores = _Scores(store, packed, plan, allowed, negate=negate)
     source = _Source(tomogram, grid.voxel_size, scores, temporary=scratch is None)
     ingested = delayed(_ingested, pure=True)(_Parcel(token, source), dask_key_name=f"ingest-{token}")
     found: da.Array = da.map_blocks(
@@ -151,14 +158,14 @@ class _Scores:
 
     def __init__(
         self,
-        folder: Path,
+        store: Store,
         picker: _Parcel | _Sealed,
         plan: BlockPlan,
         mask: Mask | None,
         *,
         negate: bool,
     ) -> None:
-        self.folder, self._picker, self._plan, self._mask = folder, picker, plan, mask
+        self.store, self._picker, self._plan, self._mask = store, picker, plan, mask
         self._negate = negate
         self._opening = threading.Lock()
         self._opened: Scoring | None = None
@@ -180,10 +187,11 @@ class _Scores:
     def _open(self) -> Scoring:
         with self._opening:
             if self._opened is None:
-                _refuse_unseen(self.folder)
+                if isinstance(self.store, LocalStore):
+                    _refuse_unseen(self.store.root)
                 picker = self._picker.open()
                 self._opened = Scoring(
-                    volume=open_volume(self.folder / VOLUME),
+                    volume=open_volume(self.store),
                     picker=picker,
                     plan=self._plan,
                     negate=self._negate,
@@ -206,10 +214,10 @@ class _Source:
 def _ingested(parcel: _Parcel | _Sealed) -> _Scores:
     """Bring the tomogram onto the working grid, where that is not done; return what scores it."""
     source: _Source = parcel.open()
-    folder = source.scores.folder
-    if source.temporary:
-        _refuse_unseen(folder.parent)
-    ingest(source.tomogram, folder / VOLUME, voxel_size=source.voxel_size)
+    store = source.scores.store
+    if source.temporary and isinstance(store, LocalStore):
+        _refuse_unseen(store.root.parent.parent)
+    ingest(source.tomogram, store, voxel_size=source.voxel_size)
     return source.scores
 
 

@@ -18,6 +18,8 @@ from tomocpt_stream.tomogram import Tomogram, open_tomogram
 from tomocpt_stream.zarrays import address_of
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     import numpy.typing as npt
     from zarr.abc.store import Store
 
@@ -134,8 +136,12 @@ class Mask:
         return marks
 
 
-def open_mask(mask: MaskLike, frame: Frame, grid: Grid) -> Mask:
-    """Open a mask (path, zarr array, numpy array or Tomogram, in the file's axes) over a tomogram.
+def open_mask(
+    mask: MaskLike, frame: Frame, grid: Grid, storage_options: Mapping[str, Any] | None = None
+) -> Mask:
+    """Open a mask (path, address, zarr or numpy array or Tomogram, in the file's axes) over a tomogram.
+
+    `storage_options`, for an address, are those of `open_tomogram`.
 
     A mask of the file's own shape lies on its voxels whatever its header says. Another shape must
     span the same extent within 1 % on every axis, by its header's voxel size or, for an array, by the
@@ -147,7 +153,7 @@ def open_mask(mask: MaskLike, frame: Frame, grid: Grid) -> Mask:
     SourceError
         The mask's extent or axes differ from the tomogram's, or it is no volume.
     """
-    tomogram = _as_tomogram(mask, frame)
+    tomogram = _as_tomogram(mask, frame, storage_options)
     own = tomogram.frame
     if own.beam_axis != frame.beam_axis:
         raise SourceError(
@@ -169,11 +175,11 @@ def open_mask(mask: MaskLike, frame: Frame, grid: Grid) -> Mask:
     return Mask(tomogram, frame, grid, own.file_voxel_size)
 
 
-def _as_tomogram(mask: MaskLike, frame: Frame) -> Tomogram:
+def _as_tomogram(mask: MaskLike, frame: Frame, storage_options: Mapping[str, Any] | None) -> Tomogram:
     if isinstance(mask, Tomogram):
         return mask
     if isinstance(mask, str | Path):
-        return _open_file(mask, frame)
+        return open_mask_file(mask, frame, storage_options)
     shape = tuple(getattr(mask, "shape", ()))
     if len(shape) != 3 or 0 in shape:
         raise SourceError(
@@ -187,15 +193,21 @@ def _as_tomogram(mask: MaskLike, frame: Frame) -> Tomogram:
     return open_tomogram(mask, voxel_size=voxel_size, name="mask", beam_axis=frame.beam_axis, missing="fill")
 
 
-def _open_file(path: str | Path, frame: Frame) -> Tomogram:
+def open_mask_file(
+    path: str | Path, frame: Frame, storage_options: Mapping[str, Any] | None = None
+) -> Tomogram:
     """Open a mask file; one whose header has no voxel size must have the tomogram's own shape."""
+    given: dict[str, Any] = {
+        "beam_axis": frame.beam_axis,
+        "missing": "fill",
+        "storage_options": dict(storage_options or {}),
+    }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a mask's header often says 1 Å; its extent is checked instead
         try:
-            return open_tomogram(path, beam_axis=frame.beam_axis, missing="fill")
+            return open_tomogram(path, **given)
         except SourceError:
-            voxel_size = frame.file_voxel_size
-            return open_tomogram(path, beam_axis=frame.beam_axis, missing="fill", voxel_size=voxel_size)
+            return open_tomogram(path, voxel_size=frame.file_voxel_size, **given)
 
 
 def _nearest(axis: int, grid: Grid, frame: Frame, mask: Tomogram, voxel_size: float) -> npt.NDArray[np.intp]:

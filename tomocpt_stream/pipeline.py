@@ -18,11 +18,14 @@ from tomocpt_stream.heatmap import PickOptions, Scorer, predict
 from tomocpt_stream.mask import MaskLike, open_mask
 from tomocpt_stream.peaks import find_peaks
 from tomocpt_stream.progress import Progress, silent
-from tomocpt_stream.receipts import config_hash, within
+from tomocpt_stream.receipts import StoreLike, config_hash, within
 from tomocpt_stream.remote import is_remote
 from tomocpt_stream.volume import ingest
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from tomocpt_stream.mask import Mask
     from tomocpt_stream.picks import Picks
     from tomocpt_stream.tomogram import Tomogram
 
@@ -40,11 +43,12 @@ def pick(  # noqa: PLR0913  (the public signature of the design)
     *,
     mask: MaskLike | None = None,
     scratch: str | Path | None = None,
-    keep_heatmap: str | Path | None = None,
+    keep_heatmap: StoreLike | None = None,
     memory: int | str | None = None,
     client: Any = None,
     verify: bool = False,
     progress: Progress = silent,
+    storage_options: Mapping[str, Any] | None = None,
 ) -> Picks:
     """Return the picks of a tomogram: ingest, plan, predict, find peaks.
 
@@ -53,6 +57,11 @@ def pick(  # noqa: PLR0913  (the public signature of the design)
     `scratch` they go into a temporary folder (TMPDIR says where) that is removed at the end.
     `keep_heatmap` is the path of the zarr store that keeps the map. `memory`, bytes or "4 GB", is
     the budget of `plan_blocks`.
+
+    `mask`, `scratch` and `keep_heatmap` may be addresses; `storage_options` are theirs, as the tomogram
+    has its own already. Where they differ, pass the mask as `open_tomogram(mask, storage_options=...)`
+    and for `keep_heatmap` what `remote.connect` returns. Credentials travel to the workers in their
+    tasks and are written nowhere.
 
     With a `client` of a dask cluster its workers do the work, `memory` is the budget of each of them,
     and the folders must be seen by all of them. The picks are the same. `verify` reads everything that
@@ -72,6 +81,7 @@ def pick(  # noqa: PLR0913  (the public signature of the design)
     """
     tomogram = level_for(tomogram, picker, options)
     grid, plan = _plan_for(client, tomogram, picker, options, memory)
+    allowed = None if mask is None else open_mask(mask, tomogram.frame, grid, storage_options)
     with ExitStack() as stack:
         if scratch is None:
             _refuse_distant(client)
@@ -81,17 +91,23 @@ def pick(  # noqa: PLR0913  (the public signature of the design)
             # Nothing says that the next picker is this one, so that its map would only be in the way.
             keep_heatmap = stack.enter_context(_passing_folder(folder))
         volume = ingest(
-            tomogram, within(folder, VOLUME), voxel_size=grid.voxel_size, client=client, progress=progress
+            tomogram,
+            within(folder, VOLUME),
+            voxel_size=grid.voxel_size,
+            client=client,
+            progress=progress,
+            storage_options=storage_options,
         )
         heatmap = predict(
             volume,
             picker,
             plan,
-            store=keep_heatmap or within(folder, _map_name(picker, options, tomogram, grid, mask)),
+            store=keep_heatmap or within(folder, _map_name(picker, options, allowed)),
             options=options,
-            mask=mask,
+            mask=None if allowed is None else allowed.tomogram,
             client=client,
             progress=progress,
+            storage_options=storage_options,
         )
         # Rounded, so that a whole number of voxels stays one: a pick at exactly the distance is kept.
         spacing = round(min_distance(options) / grid.voxel_size, 9)
@@ -216,9 +232,7 @@ def _passing_folder(folder: str) -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory(prefix="heatmap-", dir=folder)
 
 
-def _map_name(
-    picker: Scorer, options: PickOptions, tomogram: Tomogram, grid: Grid, mask: MaskLike | None
-) -> str:
+def _map_name(picker: Scorer, options: PickOptions, mask: Mask | None) -> str:
     """Return the name of a map beside others of the same volume; `predict` holds the full account."""
     asked = {
         "picker": getattr(picker, "fingerprint", None),
@@ -227,6 +241,6 @@ def _map_name(
         "stitch": options.stitch,
         "tta": options.tta,
         "batch_size": options.batch_size,
-        "mask": None if mask is None else open_mask(mask, tomogram.frame, grid).fingerprint,
+        "mask": None if mask is None else mask.fingerprint,
     }
     return f"heatmap-{config_hash(asked)[:12]}.zarr"

@@ -23,11 +23,23 @@ from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
 from zarr.storage import LocalStore
 
-from tomocpt_stream.errors import CheckpointError
-from tomocpt_stream.remote import connect, is_remote
+from tomocpt_stream.errors import CheckpointError, JobError
+from tomocpt_stream.patience import PatientStore
+from tomocpt_stream.remote import canonical, connect, is_remote, parent
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Container, Iterable, Iterator, Sequence
+    from collections.abc import (
+        AsyncIterator,
+        Awaitable,
+        Callable,
+        Container,
+        Iterable,
+        Iterator,
+        Mapping,
+        Sequence,
+    )
+
+    from tomocpt_stream.errors import ActionableError
 
 StoreLike = str | Path | Store
 Result = TypeVar("Result")
@@ -39,12 +51,15 @@ BATCH = 1024  # receipts held at once, about a kB each
 LITTER_AGE = 60  # seconds after which a temporary file has no writer any more
 
 
-def as_store(store: StoreLike) -> Store:
-    """Return a zarr store: a path becomes a local one, an address a remote one, a store stays what it is."""
+def as_store(store: StoreLike, storage_options: Mapping[str, Any] | None = None) -> Store:
+    """Return a zarr store: a path becomes a local one, an address a remote one, a store stays what it is.
+
+    `storage_options` are those of `remote.connect`, for an address.
+    """
     if isinstance(store, Store):
         return store
     if isinstance(store, str) and is_remote(store):
-        return connect(store, read_only=False)
+        return connect(store, storage_options, read_only=False)
     path = Path(_plain(store)).absolute()  # what is opened here may be read in a process with another folder
     if path.exists() and not path.is_dir():
         raise CheckpointError(
@@ -204,6 +219,25 @@ def delete_litter(store: Store) -> None:
 def write_bytes(store: Store, key: str, data: bytes) -> None:
     """Store `data` at `key`, whole or not at all."""
     sync(store.set(key, default_buffer_prototype().buffer.from_bytes(data)))
+
+
+def get_object(
+    address: str, storage_options: Mapping[str, Any] | None = None, kind: type[ActionableError] = JobError
+) -> bytes | None:
+    """Return what is stored at an address, None where there is nothing; errors as for `put_object`."""
+    folder, name = parent(canonical(address))
+    return read_bytes(PatientStore(connect(folder, storage_options), kind), name)
+
+
+def put_object(
+    address: str,
+    data: bytes,
+    storage_options: Mapping[str, Any] | None = None,
+    kind: type[ActionableError] = JobError,
+) -> None:
+    """Store `data` at an address, whole or not at all; a store that does not answer is an error of `kind`."""
+    folder, name = parent(canonical(address))
+    write_bytes(PatientStore(connect(folder, storage_options, read_only=False), kind), name, data)
 
 
 async def _together(

@@ -41,7 +41,7 @@ from tomocpt_stream.stored import checked
 from tomocpt_stream.volume import ATTRIBUTE, ome_metadata
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     import numpy.typing as npt
     from zarr.abc.store import Store
@@ -176,15 +176,17 @@ class Heatmap:
         return found if self.marks is None else allowed_ones(found, self.marks)
 
 
-def open_heatmap(store: StoreLike) -> Heatmap:
-    """Open the finished map in `store` (a path or a zarr store); no score is read.
+def open_heatmap(store: StoreLike, *, storage_options: Mapping[str, Any] | None = None) -> Heatmap:
+    """Open the finished map in `store` (a path, an address or a zarr store); no score is read.
+
+    `storage_options`, for an address, are those of `remote.connect`.
 
     Raises
     ------
     CheckpointError
         There is no map in the store, or it is not finished.
     """
-    target = as_store(store)
+    target = as_store(store, storage_options)
     attributes = _attributes(PatientStore(target))
     if attributes is None or "finished" not in attributes:
         state = "holds no heat map" if attributes is None else "holds a heat map that is not finished"

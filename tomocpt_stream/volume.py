@@ -37,6 +37,8 @@ from tomocpt_stream.tiles import CHUNK
 from tomocpt_stream.voxels import shared
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from zarr.abc.store import Store
 
     from tomocpt_stream.frame import Shape
@@ -107,10 +109,12 @@ def ingest(
     rule: Rule = "bspline",
     client: Any = None,
     progress: Progress = silent,
+    storage_options: Mapping[str, Any] | None = None,
 ) -> Volume:
     """Stream a tomogram onto the working grid of `voxel_size` Å in `store`, and return the volume.
 
-    `store` is a path or a zarr store. Memory is about 0.3 GB, whatever the size of the tomogram, and
+    `store` is a path, an address with its `storage_options` (see `remote.connect`; the tomogram has its
+    own), or a zarr store. Memory is about 0.3 GB, whatever the size of the tomogram, and
     up to 0.9 GB where its chunks are large (cubes of 256 float32 voxels, four of which are kept).
     A run that was killed goes on where it stopped and ends with the same bytes; a finished store
     is returned at once.
@@ -131,7 +135,8 @@ def ingest(
     """
     _check_request(voxel_size, rule)
     grid = working_grid(tomogram.shape, tomogram.voxel_size, voxel_size, rule)
-    target = as_store(store) if client is None else shared(as_store(store))
+    target = as_store(store, storage_options)
+    target = target if client is None else shared(target)
     group, attributes = _claim(PatientStore(target), tomogram, grid, rule, voxel_size)
     if "percentiles" in attributes:
         return replace(open_volume(target), name=tomogram.name)
@@ -150,8 +155,10 @@ def ingest(
     return open_volume(target)
 
 
-def open_volume(store: StoreLike) -> Volume:
-    """Open the finished volume in `store` (a path or a zarr store); no voxel is read.
+def open_volume(store: StoreLike, *, storage_options: Mapping[str, Any] | None = None) -> Volume:
+    """Open the finished volume in `store` (a path, an address or a zarr store); no voxel is read.
+
+    `storage_options`, for an address, are those of `remote.connect`.
 
     Raises
     ------
@@ -159,7 +166,7 @@ def open_volume(store: StoreLike) -> Volume:
         There is no volume in the store, or it is not finished.
     """
     if not is_absent(store):
-        target = as_store(store)
+        target = as_store(store, storage_options)
         attributes = _attributes(PatientStore(target))
         if attributes is not None and "percentiles" in attributes:
             return _volume(target, attributes)

@@ -10,20 +10,24 @@ from __future__ import annotations
 
 import importlib
 import os
+import tempfile
 from collections.abc import Iterable, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from tomocpt_stream.errors import FormatError
 from tomocpt_stream.formats.asked import Asked
 from tomocpt_stream.formats.extents import Tomograms, tomogram_extents
-from tomocpt_stream.patience import PatientStore
 from tomocpt_stream.picks import Picks
-from tomocpt_stream.receipts import write_bytes
-from tomocpt_stream.remote import connect, is_remote, parent
+from tomocpt_stream.receipts import get_object, put_object
+from tomocpt_stream.remote import canonical, is_remote, parent
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from tomocpt_stream.frame import Shape
 
 __all__ = ["FORMATS", "Format", "read_picks", "write_picks"]
@@ -52,7 +56,7 @@ FORMATS: dict[Format, Kind] = {
 """Every format by name; where several have a suffix, the first one is what is written without a name."""
 
 
-def read_picks(
+def read_picks(  # noqa: PLR0913  (the public signature of the design)
     path: str | Path,
     *,
     format: Format | None = None,  # noqa: A002  (the public signature of the design)
@@ -61,9 +65,11 @@ def read_picks(
     tomograms: Tomograms | None = None,
     half_voxel: bool = True,
     base_index: int | None = None,
+    storage_options: Mapping[str, Any] | None = None,
 ) -> dict[str, Picks]:
     """Read the picks of a coordinate file, by tomogram name, in the order of their rows.
 
+    `path` may be the address of a file, with `storage_options` as those of `remote.connect`.
     `voxel_size` (Å) and `shape` (z, y, x) are those of the tomogram whose voxels the picks come in;
     `tomograms` gives them by name: a RELION 5 tomograms.star, or a mapping from names to
     (shape, voxel_size), Picks or Tomograms. An argument comes before what the file says. Picks of a
@@ -76,11 +82,10 @@ def read_picks(
         that is needed and was not passed.
     """
     kind = _known(format, path, writing=False)
-    if not (Path(path).is_file() or (kind.folder and Path(path).is_dir())):
-        raise FormatError(f"no file {path}", expected="a coordinate file", remedy="check the path")
     sizes = None if tomograms is None else tomogram_extents(tomograms)
     asked = Asked(voxel_size, shape, sizes, half_voxel, base_index)
-    found: dict[str, Picks] = _module(kind).read(Path(path), format, asked)
+    with _at_hand(path, kind, storage_options) as file:
+        found: dict[str, Picks] = _module(kind).read(file, format, asked)
     return found
 
 
@@ -92,11 +97,12 @@ def write_picks(
     tomograms: Tomograms | None = None,
     half_voxel: bool = True,
     base_index: int | None = None,
+    storage_options: Mapping[str, Any] | None = None,
 ) -> None:
     """Write picks of one or several tomograms; each file appears whole or not at all.
 
-    `path` may be an address (s3://, gs://, az://), with credentials from the environment. A mapping
-    names the tomograms by its keys. A file that is there already is replaced. "relion5"
+    `path` may be an address (s3://, gs://, az://), with `storage_options` as those of `remote.connect`. A
+    mapping names the tomograms by its keys. A file that is there already is replaced. "relion5"
     needs the size of each tomogram, from its picks or from `tomograms` (see `read_picks`).
 
     Raises
@@ -111,7 +117,30 @@ def write_picks(
     folder, name = _place(path)
     files: dict[str, bytes] = _module(kind).render(_named(picks), named, asked, name)
     for key, data in files.items():
-        _put(folder, key, data)
+        _put(folder, key, data, storage_options)
+
+
+@contextmanager
+def _at_hand(path: str | Path, kind: Kind, storage_options: Mapping[str, Any] | None) -> Iterator[Path]:
+    """Yield the path of a file; what lies at an address is fetched, and errors say the address."""
+    if not (isinstance(path, str) and is_remote(path)):
+        if not (Path(path).is_file() or (kind.folder and Path(path).is_dir())):
+            raise FormatError(f"no file {path}", expected="a coordinate file", remedy="check the path")
+        yield Path(path)
+        return
+    data = get_object(path, storage_options, FormatError)
+    if data is None:
+        raise FormatError(f"no object {path}", expected="a coordinate file", remedy="check the address")
+    with tempfile.TemporaryDirectory(prefix="tomocpt-stream-") as folder:
+        file = Path(folder, _place(path)[1])
+        file.write_bytes(data)
+        try:
+            yield file
+        except FormatError as error:
+            found, expected, remedy = (
+                text.replace(str(file), path) for text in (error.found, error.expected, error.remedy)
+            )
+            raise FormatError(found, expected=expected, remedy=remedy) from error
 
 
 def _named(picks: Picks | Mapping[str, Picks] | Iterable[Picks]) -> list[Picks]:
@@ -152,14 +181,16 @@ def _module(kind: Kind) -> Any:
 
 def _place(path: str | Path) -> tuple[str | Path, str]:
     if isinstance(path, str) and is_remote(path):
-        return parent(path)
+        return parent(canonical(path))
     return Path(path).parent, Path(path).name
 
 
-def _put(folder: str | Path, name: str, data: bytes) -> None:
+def _put(
+    folder: str | Path, name: str, data: bytes, storage_options: Mapping[str, Any] | None = None
+) -> None:
     """Store one file, on a disk or on an object store."""
     if isinstance(folder, str):
-        write_bytes(PatientStore(connect(folder, read_only=False), FormatError), name, data)
+        put_object(f"{folder}/{quote(name)}", data, storage_options, FormatError)
         return
     path = folder / name
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,142 @@
+"""Credentials that are passed: each place gets its own, workers have them too, and nothing keeps them."""
+
+from __future__ import annotations
+
+import pickle
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+
+from tests.buckets import portal_zarr
+from tests.scorers import PlaceDependent
+from tomocpt_stream.errors import FormatError
+from tomocpt_stream.formats import read_picks, write_picks
+from tomocpt_stream.heatmap import PickOptions, open_heatmap, predict
+from tomocpt_stream.lazy import heatmap_lazy
+from tomocpt_stream.pipeline import VOLUME, pick, plan_pick
+from tomocpt_stream.remote import ForbiddenError, connect
+from tomocpt_stream.tomogram import open_tomogram
+from tomocpt_stream.volume import ingest, open_volume
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from distributed import Client
+
+    from tests.buckets import S3, Way
+    from tomocpt_stream.picks import Picks
+
+SHAPE = (20, 40, 44)
+VOXELS = np.random.default_rng(0).normal(size=SHAPE).astype(np.float32)
+MASK = np.zeros(SHAPE, np.float32)
+MASK[:, 10:36, :30] = 1
+OPTIONS = PickOptions(60.0, threshold=0.5, min_distance=20.0, stitch="crop", batch_size=3)
+SECRET = "hush-hush-hush"
+LAB, OTHER = ({"key": name, "secret": SECRET} for name in ("LABKEY", "OTHERKEY"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tomogram and its mask on the disk."""
+    folder = tmp_path_factory.mktemp("private")
+    portal_zarr(folder / "TS_1.zarr", VOXELS, 10.0, 32, levels=1)
+    portal_zarr(folder / "mask.zarr", MASK, 10.0, 32, levels=1)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ours(folder: Path) -> Picks:
+    """The picks of the disk."""
+    return pick(open_tomogram(folder / "TS_1.zarr"), PlaceDependent(), OPTIONS, mask=folder / "mask.zarr")
+
+
+@pytest.fixture
+def lab(s3: S3, way: Way, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Way:
+    """The way to a place of the lab and another place, each with a key of its own; none is at hand."""
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE", "AWS_ENDPOINT_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(folder))
+    for place in ("lab", "other"):
+        for name in ("TS_1.zarr", "mask.zarr"):
+            s3.bucket.put_folder(folder / name, f"{place}/{name}")
+    for key in s3.bucket.keys("lab/scratch") + s3.bucket.keys("other/maps"):
+        s3.bucket.client.delete_object(Bucket=s3.bucket.name, Key=key)
+    way.private |= {"lab/": "LABKEY", "other/": "OTHERKEY"}
+    return way
+
+
+def same(one: Picks, other: Picks) -> bool:
+    return (one.zyx.tobytes(), one.score.tobytes()) == (other.zyx.tobytes(), other.score.tobytes())
+
+
+def refuse_secrets(s3: S3) -> None:
+    """Fail where an object of the bucket holds a secret, or a key's name."""
+    for key in [*s3.bucket.keys("lab/"), *s3.bucket.keys("other/")]:
+        data = s3.bucket.client.get_object(Bucket=s3.bucket.name, Key=key)["Body"].read()
+        assert not any(word in data for word in (SECRET.encode(), b"LABKEY", b"OTHERKEY")), key
+
+
+def test_workers_have_the_credentials_of_each_place_and_nothing_keeps_them(
+    s3: S3, lab: Way, ours: Picks, workers: Client, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert len(ours) > 5
+    tomogram = open_tomogram(s3.address("other/TS_1.zarr"), storage_options=s3.options(**OTHER))
+    theirs = pick(
+        tomogram,
+        PlaceDependent(),
+        OPTIONS,
+        mask=s3.address("lab/mask.zarr"),
+        scratch=s3.address("lab/scratch"),
+        keep_heatmap=connect(s3.address("other/maps/a"), s3.options(**OTHER), read_only=False),
+        client=workers,
+        verify=True,
+        storage_options=s3.options(**LAB),
+    )
+    assert same(ours, theirs)
+    assert {one.signer for one in lab.asked} == {"LABKEY", "OTHERKEY"}
+    assert not [one for one in lab.asked if one.status == 403]
+    heatmap = open_heatmap(s3.address("other/maps/a"), storage_options=s3.options(**OTHER))
+    assert pickle.loads(pickle.dumps(heatmap)).array[0, 0, 0] == heatmap.array[0, 0, 0]
+    with pytest.raises(ForbiddenError, match="refuses its object"):
+        open_heatmap(s3.address("other/maps/a"), storage_options=s3.options(**LAB))
+    refuse_secrets(s3)
+    logs = [*capfd.readouterr(), str(workers.get_worker_logs()), str(workers.get_scheduler_logs())]
+    assert not any(SECRET in log for log in logs)
+
+
+def test_each_call_takes_them(s3: S3, lab: Way, folder: Path, ours: Picks) -> None:
+    given = s3.options(**LAB)
+    tomogram, scorer = open_tomogram(folder / "TS_1.zarr"), PlaceDependent()
+    grid, plan = plan_pick(tomogram, scorer, OPTIONS)
+    place = s3.address("lab/scratch")
+    ingest(tomogram, f"{place}/v", voxel_size=grid.voxel_size, storage_options=given)
+    volume = open_volume(f"{place}/v", storage_options=given)
+    mask = s3.address("lab/mask.zarr")
+    heatmap = predict(
+        volume, scorer, plan, store=f"{place}/m", options=OPTIONS, mask=mask, storage_options=given
+    )
+    lazy = heatmap_lazy(tomogram, scorer, OPTIONS, mask=mask, scratch=place, storage_options=given)
+    part = (slice(0, 4), slice(0, 4), slice(0, 4))
+    np.testing.assert_array_equal(lazy[part].compute(scheduler="sync"), heatmap.array[part])
+    assert any(VOLUME in one.path for one in lab.asked)
+    write_picks(ours, f"{place}/TS_1.star", storage_options=given)
+    (back,) = read_picks(f"{place}/TS_1.star", storage_options=given).values()
+    np.testing.assert_allclose(back.zyx, ours.zyx, atol=1e-5)
+    for call in (
+        lambda: open_volume(f"{place}/v", storage_options=s3.options()),
+        lambda: read_picks(f"{place}/TS_1.star", storage_options=s3.options(**OTHER)),
+        lambda: write_picks(ours, f"{place}/no.star", storage_options=s3.options(**OTHER)),
+    ):
+        with pytest.raises(ForbiddenError, match="refuses its object"):
+            call()
+    assert not s3.bucket.keys("lab/scratch/no.star")
+
+
+def test_errors_in_a_file_name_its_address(s3: S3, way: Way) -> None:
+    s3.bucket.put("broken.star", b"data_particles\n\nloop_\n_rlnCoordinateX #1\n1.0\n")
+    with pytest.raises(FormatError) as caught:
+        read_picks(s3.address("broken.star"), storage_options=s3.options())
+    assert "s3://tomograms/broken.star" in caught.value.found
+    with pytest.raises(FormatError, match=r"no object s3://tomograms/nowhere\.star"):
+        read_picks(s3.address("nowhere.star"), storage_options=s3.options())
