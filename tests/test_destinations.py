@@ -9,7 +9,7 @@ import pytest
 import zarr
 
 from tomocpt_stream.destinations import destinations, refuse_overwriting, unique_names
-from tomocpt_stream.errors import PlanError
+from tomocpt_stream.errors import PlanError, SourceError
 from tomocpt_stream.phantom import write_mrc
 
 
@@ -36,7 +36,7 @@ def test_a_star_file_takes_all_and_each_has_its_picture(tmp_path: Path) -> None:
     star = tmp_path / "all.star"
     found = destinations(sources, str(star))
     assert {one.star for one in found.values()} == {star}
-    assert [one.picture.name for one in found.values()] == ["all_a.png", "all_b.png"]
+    assert [Path(one.picture).name for one in found.values()] == ["all_a.png", "all_b.png"]
     assert all(one.shares_star and one.heatmap is None for one in found.values())
     assert destinations(sources[:1], str(star))[sources[0]].picture == tmp_path / "all.png"
 
@@ -48,7 +48,7 @@ def test_an_output_of_another_kind_is_refused(tmp_path: Path) -> None:
     dotted = destinations([source], f"{tmp_path}/run.2/")[source]
     assert dotted.star == tmp_path / "run.2" / "a.star"
     (tmp_path / "there.star").mkdir()
-    assert destinations([source], str(tmp_path / "there.star"))[source].star.parent.name == "there.star"
+    assert destinations([source], str(tmp_path / "there.star"))[source].star == tmp_path / "there.star/a.star"
 
 
 def test_equal_names_get_their_folders_in_front(tmp_path: Path) -> None:
@@ -79,8 +79,38 @@ def test_a_source_given_twice_is_refused(tmp_path: Path, monkeypatch: pytest.Mon
 def test_an_address_is_one_however_it_is_written() -> None:
     sources = ["s3://box/x/TS%201.zarr", "s3://box/y/TS 1.zarr", "s3://box/../a.zarr"]
     assert list(unique_names(sources).values()) == ["x_TS_1", "y_TS_1", "a"]
-    with pytest.raises(PlanError, match=r"s3:/box/x/TS 1\.zarr given more than once"):
+    with pytest.raises(PlanError, match=r"s3://box/x/TS%201\.zarr given more than once"):
         unique_names([*sources, "s3a://box/x/TS 1.zarr/"])
+
+
+def test_answers_may_go_to_an_address() -> None:
+    sources = ["s3://box/x/TS%201.zarr", "b"]
+    found = destinations(sources, "S3://out.1/new folder", heatmaps="gs://maps/")
+    assert [(one.star, one.picture, one.heatmap) for one in found.values()] == [
+        ("s3://out.1/new%20folder/TS_1.star", "s3://out.1/new%20folder/TS_1.png", "gs://maps/TS_1.zarr"),
+        ("s3://out.1/new%20folder/b.star", "s3://out.1/new%20folder/b.png", "gs://maps/b.zarr"),
+    ]
+    found = destinations(sources, "s3://out.1/all.star")
+    assert {(one.star, one.shares_star) for one in found.values()} == {("s3://out.1/all.star", True)}
+    assert [one.picture for one in found.values()] == ["s3://out.1/all_TS_1.png", "s3://out.1/all_b.png"]
+    assert destinations(["b"], "s3://out.1")["b"].star == "s3://out.1/b.star"
+    for output in ("s3://out.1/picks.csv", "https://host/picks/"):
+        with pytest.raises(PlanError, match=rf"the output {output}"):
+            destinations(["b"], output)
+    with pytest.raises(SourceError, match="between two slashes"):
+        destinations(["b"], "s3://out/../picks/")
+
+
+def test_an_input_at_an_address_is_never_an_output() -> None:
+    for output in ("s3://box/a%20b.zarr/", "s3a://box/a b.zarr/picks", "s3://box/a b.zarr/0/all.star"):
+        with pytest.raises(PlanError, match="lies inside one"):
+            destinations(["s3://box/a b.zarr/"], output)
+    with pytest.raises(PlanError, match="is an input"):
+        destinations(["a.mrc"], "s3://box/all.star", inputs=["s3://box/all.star"])
+    with pytest.raises(PlanError, match="is an input"):
+        destinations(["s3://box/maps/a.zarr"], "out/", heatmaps="s3://box/maps")
+    assert destinations(["s3://box/a.zarr"], "s3://box/a.zarr.picks/")
+    assert destinations(["s3://box/a.zarr"], "s3:/box/a.zarr/")  # a folder on the disk
 
 
 def test_an_input_is_never_an_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

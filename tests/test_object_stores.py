@@ -14,7 +14,6 @@ from zarr.storage import LocalStore
 
 from tests.buckets import PORTAL_BUCKET, Bucket, portal_zarr
 from tests.scorers import PlaceDependent
-from tomocpt_stream.destinations import destinations
 from tomocpt_stream.errors import PlanError, SourceError
 from tomocpt_stream.formats import write_picks
 from tomocpt_stream.heatmap import PickOptions
@@ -383,8 +382,6 @@ def test_picks_are_written_to_an_address(
     write_picks(picks, tmp_path / "TS_1.star")
     found = s3.bucket.client.get_object(Bucket="tomograms", Key="picks/TS_1.star")["Body"].read()
     assert found == (tmp_path / "TS_1.star").read_bytes()
-    with pytest.raises(PlanError, match=r"the output s3://tomograms/picks/; expected .* on a disk"):
-        destinations([str(tmp_path / "a.mrc")], s3.address("picks/"))
 
 
 def test_a_picker_without_a_name_needs_a_place_for_its_map(s3: S3, folder: Path) -> None:

@@ -17,7 +17,7 @@ from tests.buckets import portal_zarr
 from tests.portal_rows import FIRST_DATASET, OWN_TOMOGRAMS, small_world
 from tests.portal_server import portal_server
 from tests.test_portal_annotations import FILES
-from tomocpt_stream import picker
+from tomocpt_stream import picker, portal_commands
 from tomocpt_stream.__main__ import main
 from tomocpt_stream.formats import read_picks
 from tomocpt_stream.heatmap import PickOptions
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
     from tests.buckets import S3, Way
     from tests.portal_server import PortalServer
+    from tomocpt_stream.request import PickRequest
 
 SHAPE = (30, 60, 64)
 CENTRES = np.array([[8.0, 10.3, 9.0], [20.6, 12.0, 33.2], [15.0, 36.4, 20.5], [22.0, 40.0, 38.0]])
@@ -153,6 +154,48 @@ def test_a_dataset_is_picked_from_the_bucket(
     again = run("pick", "--selection", output / "selection.json", *PICK[4:], "--output", tmp_path / "again")
     assert "2 tomograms" in again.stdout
     assert (tmp_path / "again" / "TS_1.star").read_bytes() == (output / "TS_1.star").read_bytes()
+
+
+def test_the_voxel_spacing_is_that_of_the_pickers_particles(
+    server: PortalServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[PickRequest] = []
+    monkeypatch.setattr(portal_commands, "pick_all", lambda request, model: asked.append(request))
+    for radius in (10.0, 4.0):  # of which 80 Å are 20 voxels, and 8
+        model = NamedBlobPicker(particle_radius=radius)
+        monkeypatch.setattr(picker, "load_picker", lambda *_, model=model, **__: model)
+        run("pick", "--dataset", FIRST_DATASET, "--run", "TS_1", "--diameter", 80, "--output", tmp_path)
+    assert [[record.voxel_spacing for record in each.records.values()] for each in asked] == [
+        [4.99],
+        [10.012],
+    ]
+
+
+def test_a_dataset_is_picked_into_a_bucket(server: PortalServer, s3: S3, way: Way, tmp_path: Path) -> None:
+    lab = ["--storage-option", "key=LABKEY", "--storage-option", "secret=hush-hush"]
+    way.private["into/"] = "LABKEY"
+    output = s3.address("into/picks")
+    shown = run("pick", *PICK, "--output", f"{output}/", *lab)
+    assert f"{output}/TS_1.star" in shown.stdout
+    assert [key.rpartition("/")[2] for key in s3.bucket.keys("into/")] == [
+        "TS_1.star",
+        "TS_10.star",
+        "citations.bib",
+        "citations.md",
+        "selection.json",
+    ]
+    # The portal's objects are asked for without the lab's key.
+    signers = {one.signer for one in way.asked if "commands/" in one.path}
+    assert signers == {""}
+    words = ["annotations", "--tomogram", "TM-8004", "--object", RIBOSOME, "--ground-truth"]
+    run(*words, "--output", s3.address("into/all.star"), *lab)
+    run(*words, "--output", s3.address("into/points"), *lab)
+    assert {"into/all.star", "into/citations.md", "into/points/TS_1.star"} <= set(s3.bucket.keys("into/"))
+
+
+def test_a_file_takes_no_folder(server: PortalServer, tmp_path: Path) -> None:
+    (tmp_path / "picks").write_text("mine")
+    assert "takes a folder" in run("pick", *PICK, "--output", tmp_path / "picks", code=2).stderr
 
 
 def test_one_bad_tomogram_does_not_stop_the_others(server: PortalServer, way: Way, tmp_path: Path) -> None:

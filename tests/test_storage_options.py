@@ -3,25 +3,34 @@
 from __future__ import annotations
 
 import pickle
-from typing import TYPE_CHECKING
+import re
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
+from tests.blobs import NamedBlobPicker, blobs
 from tests.buckets import portal_zarr
 from tests.scorers import PlaceDependent
+from tomocpt_stream import picker
+from tomocpt_stream.__main__ import main
 from tomocpt_stream.errors import FormatError
 from tomocpt_stream.formats import read_picks, write_picks
 from tomocpt_stream.heatmap import PickOptions, open_heatmap, predict
 from tomocpt_stream.lazy import heatmap_lazy
+from tomocpt_stream.phantom import write_mrc
 from tomocpt_stream.pipeline import VOLUME, pick, plan_pick
 from tomocpt_stream.remote import ForbiddenError, connect
+from tomocpt_stream.request import PickRequest
 from tomocpt_stream.tomogram import open_tomogram
 from tomocpt_stream.volume import ingest, open_volume
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from click.testing import Result
     from distributed import Client
 
     from tests.buckets import S3, Way
@@ -131,6 +140,81 @@ def test_each_call_takes_them(s3: S3, lab: Way, folder: Path, ours: Picks) -> No
         with pytest.raises(ForbiddenError, match="refuses its object"):
             call()
     assert not s3.bucket.keys("lab/scratch/no.star")
+
+
+def run(*words: object, code: int = 0) -> Result:
+    result = CliRunner().invoke(main, ["pick", "--diameter", "80", *map(str, words)])
+    assert result.exit_code == code, result.output
+    assert SECRET not in result.output
+    return result
+
+
+@pytest.fixture
+def words(s3: S3, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The options of the lab's place, as typed; a stand-in for the shipped picker."""
+    monkeypatch.setattr(picker, "load_picker", lambda source="base", *, device="auto": NamedBlobPicker())
+    found = s3.options(access_key_id="LABKEY", secret_access_key=SECRET)
+    return [word for name, value in found.items() for word in ("--storage-option", f"{name}={value}")]
+
+
+def test_the_command_writes_all_it_writes_to_addresses(
+    s3: S3, lab: Way, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_mrc(
+        tmp_path / "TS_2.mrc", blobs((30, 50, 44), np.array([[8.0, 10.3, 9.0], [20.6, 12.0, 33.2]])), 10
+    )
+    place = s3.address("lab/scratch")
+    shown = run("TS_2.mrc", *words, "--output", f"{place}/picks", "--keep-heatmap", f"{place}/maps")
+    assert f"{place}/picks/TS_2.star" in shown.output
+    run("TS_2.mrc", "--output", "picks/")
+    for name in ("TS_2.star", "TS_2.png"):
+        found = s3.bucket.client.get_object(Bucket=s3.bucket.name, Key=f"lab/scratch/picks/{name}")
+        assert found["Body"].read() == (tmp_path / "picks" / name).read_bytes()
+    assert open_heatmap(f"{place}/maps/TS_2.zarr", storage_options=s3.options(**LAB)).name == "TS_2"
+    assert [path.name for path in tmp_path.iterdir()] == ["TS_2.mrc", "picks"]
+    assert not [key for key in s3.bucket.keys("lab/") if "probe" in key]
+    refuse_secrets(s3)
+
+
+def test_a_place_that_takes_nothing_is_refused_before_any_work(
+    s3: S3, lab: Way, words: list[str], folder: Path
+) -> None:
+    shown = run(folder / "TS_1.zarr", *words, "--output", s3.address("other/all.star"), code=1)
+    assert re.match(r"Error: s3://tomograms/other refuses its object", shown.output)
+
+
+@pytest.mark.parametrize("wrong", ["secret hush-hush-hush", SECRET])
+def test_what_is_no_option_is_not_repeated(wrong: str, folder: Path) -> None:
+    assert "each is KEY=VALUE" in run(folder / "TS_1.zarr", "--storage-option", wrong, code=2).output
+
+
+def test_options_are_for_the_provider_of_the_first_address() -> None:
+    plain: dict[str, Any] = {
+        "picker": "base",
+        "stitch": "hann",
+        "tta": False,
+        "batch_size": 4,
+        "memory": None,
+    }
+    given = {"endpoint": "there"}
+    asked = PickRequest(
+        tomograms=("a.mrc", "https://host/b.zarr", "gs://box/c.zarr"),
+        output="s3://box/picks",
+        scratch="gs://box/scratch",
+        mask="s3://box/mask.zarr",
+        device="auto",
+        diameter=80.0,
+        storage_options=given,
+        **plain,
+    )
+    every = [*asked.tomograms, asked.output, asked.scratch, asked.mask, None, "GS://other/d.zarr"]
+    assert [asked.options_for(one) for one in every] == [{}, given, given, {}, given, {}, {}, given]
+    # What the portal has is read as it always is.
+    records: Any = {"gs://box/c.zarr": None}
+    asked = replace(asked, records=records)
+    assert [asked.options_for(one) for one in every] == [{}, given, {}, {}, given, {}, {}, given]
+    assert "there" not in repr(asked)
 
 
 def test_errors_in_a_file_name_its_address(s3: S3, way: Way) -> None:

@@ -13,7 +13,7 @@ import click
 
 from tomocpt_stream.errors import ActionableError
 from tomocpt_stream.portal_commands import portal
-from tomocpt_stream.request import PickRequest, pick_all
+from tomocpt_stream.request import PickRequest, pick_all, storage_option
 from tomocpt_stream.terminal import (
     count,
     fact_lines,
@@ -119,26 +119,6 @@ def workers_option(command: Callable[..., Any]) -> Callable[..., Any]:
     )(command)
 
 
-def storage_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the option that says how object stores are reached."""
-    return click.option(
-        "--storage-option",
-        "storage_options",
-        multiple=True,
-        metavar="KEY=VALUE",
-        callback=_pairs,
-        help="For addresses, repeatable: endpoint, region, access_key_id, secret_access_key, "
-        "skip_signature, cache_bytes.  [default: from the environment]",
-    )(command)
-
-
-def _pairs(ctx: click.Context, option: click.Parameter, value: tuple[str, ...]) -> dict[str, str]:
-    del ctx, option
-    if wrong := [text for text in value if "=" not in text]:
-        raise click.BadParameter(f"{', '.join(wrong)} is not KEY=VALUE")
-    return dict(text.split("=", 1) for text in value)
-
-
 @main.command("pick", short_help="Pick particles in tomograms; write STAR files.")
 @click.argument("tomograms", nargs=-1, required=True, metavar="TOMOGRAM...")
 @click.option(
@@ -159,19 +139,19 @@ def _pairs(ctx: click.Context, option: click.Parameter, value: tuple[str, ...]) 
     metavar="Å",
     help="Leave out picks nearer than this to a face, in Å.",
 )
-@click.option("--mask", metavar="FILE", help="Volume of the same extent; picks are sought where it is not 0.")
+@click.option(
+    "--mask", metavar="FILE|ADDRESS", help="Volume of the same extent; picks are sought where it is not 0."
+)
 @click.option(
     "--output",
     default="picks/",
-    metavar="FILE|DIR",
+    metavar="FILE|DIR|ADDRESS",
     help="A .star file takes the picks of all the tomograms; a folder gets one .star for each.",
 )
 @click.option(
     "--format", "star", type=click.Choice(["relion31", "relion5"]), default="relion31", help="Kind of STAR."
 )
-@click.option(
-    "--keep-heatmap", type=click.Path(file_okay=False, path_type=Path), metavar="DIR", help="Keep the maps."
-)
+@click.option("--keep-heatmap", metavar="DIR|ADDRESS", help="Keep the maps.")
 @click.option(
     "--scratch",
     metavar="DIR|ADDRESS",

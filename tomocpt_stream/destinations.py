@@ -6,17 +6,22 @@ import warnings
 from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING
-from urllib.parse import unquote
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, TypeAlias
+from urllib.parse import quote, unquote, urlsplit
 
 from tomocpt_stream.errors import ActionableError, PlanError, SourceError
 from tomocpt_stream.pipeline import safe_name
-from tomocpt_stream.remote import canonical, is_remote
+from tomocpt_stream.receipts import local_path
+from tomocpt_stream.remote import canonical, is_remote, parent
 from tomocpt_stream.tomogram import address_name, open_tomogram
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+
+
+Place: TypeAlias = Path | str
+"""A path on a disk, or an address, which is text."""
 
 
 @dataclass(frozen=True)
@@ -27,61 +32,103 @@ class Destination:
     """
 
     name: str
-    star: Path
+    star: Place
     shares_star: bool
-    picture: Path
-    heatmap: Path | None
+    picture: Place
+    heatmap: Place | None
 
 
 def destinations(
     sources: Sequence[str],
     output: str,
     *,
-    heatmaps: Path | None = None,
+    heatmaps: Place | None = None,
     inputs: Sequence[str] = (),
     names: Mapping[str, str] | None = None,
 ) -> dict[str, Destination]:
     """Return the destination of each tomogram by its source.
 
-    An `output` that ends in .star takes the picks of all; a folder gets one STAR for each. `inputs`
-    are further files, beside the sources, that must stay as they are; `names` are those of sources that
-    have one already.
+    An `output` that ends in .star takes the picks of all; a folder gets one STAR for each. Both may be
+    addresses of an object store, and so may `heatmaps`. `inputs` are further files, beside the sources,
+    that must stay as they are; `names` are those of sources that have one already.
 
     Raises
     ------
     PlanError
         Where the output is neither, a source is given twice, or an input would be overwritten.
     """
-    if is_remote(output):
-        raise PlanError(
-            f"the output {output}",
-            expected="a .star file or a folder on a disk",
-            remedy="write there and copy, or use write_picks in Python, which takes addresses",
-        )
-    place = Path(output)
-    shares = place.suffix == ".star" and not place.is_dir()
-    if not shares and place.suffix and not place.is_dir() and not output.endswith("/"):
-        raise PlanError(
-            f"the output {output}",
-            expected="a .star file or a folder",
-            remedy="end the name of a new folder with a slash",
-        )
+    place, shares = place_of(output), takes_all(output)
+    folder, last = split(place) if shares else (place, "")
+    kept = None if heatmaps is None else place_of(str(heatmaps))
     found = {}
     for source, name in unique_names(sources, names).items():
-        star = place if shares else place / f"{name}.star"
-        picture = f"{star.stem}_{name}.png" if shares and len(sources) > 1 else f"{star.stem}.png"
-        heatmap = heatmaps / f"{name}.zarr" if heatmaps else None
-        found[source] = Destination(name, star, shares, star.with_name(picture), heatmap)
+        star = last or f"{name}.star"
+        stem = star.removesuffix(".star")
+        picture = f"{stem}_{name}.png" if shares and len(sources) > 1 else f"{stem}.png"
+        heatmap = None if kept is None else below(kept, f"{name}.zarr")
+        found[source] = Destination(name, below(folder, star), shares, below(folder, picture), heatmap)
     for one in found.values():
         refuse_overwriting([*sources, *inputs], one.star, one.picture, one.heatmap)
     return found
 
 
-def refuse_overwriting(inputs: Sequence[str], *outputs: Path | None) -> None:
+def place_of(output: str) -> Place:
+    """Return a place for output, a path or the one way to write an address.
+
+    Raises
+    ------
+    PlanError
+        The address of a web server.
+    SourceError
+        An address that means nothing.
+    """
+    if not is_remote(output):
+        return Path(local_path(output))
+    address = canonical(output)
+    if address.startswith("http"):
+        raise PlanError(
+            f"the output {output} on a web server",
+            expected="a path, or an address of an object store (s3://, gs://, az://)",
+            remedy="write to one of these",
+        )
+    return address
+
+
+def takes_all(output: str) -> bool:
+    """Return whether an output is one STAR file for all picks, and not a folder; PlanError for another."""
+    place = place_of(output)
+    if isinstance(place, Path) and place.is_dir():
+        return False
+    suffix = place.suffix if isinstance(place, Path) else PurePosixPath(urlsplit(place).path).suffix
+    if suffix not in ("", ".star") and not output.endswith("/"):
+        raise PlanError(
+            f"the output {output}",
+            expected="a .star file or a folder",
+            remedy="end the name of a new folder with a slash",
+        )
+    return suffix == ".star"
+
+
+def split(place: Place) -> tuple[Place, str]:
+    """Return the folder of a file and its name."""
+    return (place.parent, place.name) if isinstance(place, Path) else parent(place)
+
+
+def below(folder: Place, name: str) -> Place:
+    """Return the place of a file in a folder."""
+    return folder / name if isinstance(folder, Path) else canonical(f"{folder}/{quote(name)}")
+
+
+def refuse_overwriting(inputs: Sequence[str], *outputs: Place | None) -> None:
     """Raise PlanError where an output is an input or lies inside one (a zarr store is a folder)."""
-    taken = {Path(source.removeprefix("file://")).resolve() for source in inputs}
+    taken = {_path_of(source) for source in inputs}
+    taken |= {path.resolve() for path in taken}
     for output in outputs:
-        if output is not None and not taken.isdisjoint((output.resolve(), *output.resolve().parents)):
+        if output is None:
+            continue
+        place = _path_of(str(output))
+        every = {place, *place.parents, place.resolve(), *place.resolve().parents}
+        if not taken.isdisjoint(every):
             raise PlanError(
                 f"the output {output} is an input, or lies inside one",
                 expected="inputs that stay as they are",
@@ -97,9 +144,9 @@ def unique_names(sources: Sequence[str], given: Mapping[str, str] | None = None)
     """
     paths = {source: _path_of(source) for source in sources}
     places = Counter(paths[source].resolve() for source in sources)
-    if repeated := [str(place) for place, times in places.items() if times > 1]:
+    if repeated := [source for source in sources if places[paths[source].resolve()] > 1]:
         raise PlanError(
-            f"{', '.join(repeated)} given more than once",
+            f"{repeated[0]} given more than once",
             expected="each tomogram once",
             remedy="leave the repetition out",
         )
@@ -119,10 +166,10 @@ def unique_names(sources: Sequence[str], given: Mapping[str, str] | None = None)
 def _path_of(source: str) -> Path:
     """Return a path that is equal only for the same place; that of an address begins with its scheme."""
     if not is_remote(source):
-        return Path(source.removeprefix("file://")).absolute()
+        return Path(local_path(source)).absolute()
     with suppress(SourceError):  # which is reported when its turn comes
         source = unquote(canonical(source))
-    return Path("/", source)
+    return Path("//address", source.replace("://", "/", 1))
 
 
 def _name_of(source: str) -> str:

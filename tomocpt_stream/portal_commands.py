@@ -14,12 +14,13 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from tomocpt_stream.request import PickRequest, pick_all
+from tomocpt_stream.request import PickRequest, pick_all, storage_option
 from tomocpt_stream.terminal import count, warn
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
+    from tomocpt_stream.destinations import Place
     from tomocpt_stream.portal_queries import PortalAPI
     from tomocpt_stream.portal_records import Selection, TomogramRecord
 
@@ -222,9 +223,8 @@ def _print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
 @click.option("--diameter", type=click.FloatRange(min=0, min_open=True), required=True, metavar="Å")
 @click.option(
     "--output",
-    type=click.Path(file_okay=False, path_type=Path),
     required=True,
-    metavar="DIR",
+    metavar="DIR|ADDRESS",
     help="One STAR a tomogram, with selection.json, citations.md and citations.bib.",
 )
 @click.option("--contrast", type=click.Choice(["dark", "bright"]), default="dark", help="How protein looks.")
@@ -243,26 +243,35 @@ def _print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
 @click.option("--workers", type=click.IntRange(min=1), metavar="N", help="Processes on this machine.")
 @click.option("--scheduler", metavar="ADDRESS|FILE", help="A running dask cluster.")
 @click.option("--picture/--no-picture", default=True, help="Draw three slices with the picks.")
+@storage_option
 @selection_options
-def pick_command(output: Path, mask_object: str | None, **settings: Any) -> None:
+def pick_command(output: str, mask_object: str | None, **settings: Any) -> None:
     """Pick particles in the selected tomograms, which are read from the portal's bucket as they are picked.
 
-    One tomogram of each run is taken, by default one of the voxel spacing nearest to diameter / 20.
-    One that cannot be picked is reported with its reason, the others are done, and the exit code is 1.
+    One tomogram of each run is taken, by default one of the voxel spacing nearest to the picker's working
+    voxels (diameter / 20 for the shipped one). One that cannot be picked is reported with its reason, the
+    others are done, and the exit code is 1. --storage-option is for --output and --scratch.
     """
     from tomocpt_stream.annotation_files import tomogram_names
     from tomocpt_stream.citations import as_bibtex, as_table, citations
-    from tomocpt_stream.portal_records import write_whole
+    from tomocpt_stream.destinations import place_of
+    from tomocpt_stream.picker import load_picker
 
-    selection, api = chosen(settings, near=settings["diameter"] / 20)
+    folder = place_of(output)
+    if isinstance(folder, Path) and folder.is_file():
+        raise click.UsageError(f"--output {output} is a file, and takes a folder.")
+    picker = load_picker(settings["picker"], device=settings["device"])
+    selection, api = chosen(settings, near=settings["diameter"] / (2 * picker.particle_radius))
     names = tomogram_names(selection.records)
     masks = {} if mask_object is None else _masks(selection, mask_object, api)
     click.echo(f"{count(len(selection), 'tomogram')} -> {output}")
-    output.mkdir(parents=True, exist_ok=True)
-    selection.write(output / "selection.json")
     found = citations(selection.records, api=api)
-    write_whole(output / "citations.md", as_table(found))
-    write_whole(output / "citations.bib", as_bibtex(found))
+    for name, text in {
+        "selection.json": json.dumps(selection.to_json(), indent=1, allow_nan=False),
+        "citations.md": as_table(found),
+        "citations.bib": as_bibtex(found),
+    }.items():
+        _write(folder, name, text, settings["storage_options"])
     taken = [record for record in selection.records if mask_object is None or names[record.id] in masks]
     sources = {record.source or names[record.id]: record for record in taken}
     pick_all(
@@ -271,14 +280,27 @@ def pick_command(output: Path, mask_object: str | None, **settings: Any) -> None
             records=sources,
             names={source: names[record.id] for source, record in sources.items()},
             masks={source: masks.get(names[record.id]) for source, record in sources.items()},
-            output=f"{output}/",
+            output=f"{folder}/",
             stitch="hann",
             tta=False,
             batch_size=4,
             level="coarsest" if settings.pop("coarsest_level") else "given",
             **settings,
-        )
+        ),
+        picker,
     )
+
+
+def _write(folder: Place, name: str, text: str, storage_options: Mapping[str, Any]) -> None:
+    """Write a text file into a folder or below an address, whole or not at all."""
+    from tomocpt_stream.portal_records import write_whole
+    from tomocpt_stream.receipts import put_object
+
+    if isinstance(folder, Path):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / name, text)
+    else:
+        put_object(f"{folder}/{name}", text.encode(), storage_options)
 
 
 def _masks(selection: Selection, wanted: str, api: PortalAPI) -> dict[str, str]:
@@ -302,9 +324,10 @@ def _masks(selection: Selection, wanted: str, api: PortalAPI) -> dict[str, str]:
 )
 @click.option(
     "--output",
-    metavar="FILE|DIR",
+    metavar="FILE|DIR|ADDRESS",
     help="A .star file takes all points; a folder gets one .star for each tomogram.  [default: only a table]",
 )
+@storage_option
 @selection_options
 def annotations_command(wanted: str | None, output: str | None, **settings: Any) -> None:
     """List the points of an object on the selected tomograms; with --output, write them as STAR files.
@@ -314,11 +337,13 @@ def annotations_command(wanted: str | None, output: str | None, **settings: Any)
     """
     from tomocpt_stream.annotation_files import Wanted
     from tomocpt_stream.citations import as_table, citations
+    from tomocpt_stream.destinations import below, place_of, split, takes_all
     from tomocpt_stream.formats import write_picks
     from tomocpt_stream.pipeline import safe_name
     from tomocpt_stream.portal_annotations import fetch_picks
-    from tomocpt_stream.portal_records import write_whole
 
+    options = settings.pop("storage_options")
+    one = output is not None and takes_all(output)
     truth, method, shape = (settings.pop(name) for name in ("ground_truth", "method", "shape"))
     selection, api = chosen(settings)
     found = fetch_picks(
@@ -335,13 +360,14 @@ def annotations_command(wanted: str | None, output: str | None, **settings: Any)
     click.echo(f"{count(sum(map(len, found.picks.values())), 'point')} on {count(len(rows), 'tomogram')}")
     if output is None:
         return
-    place = Path(output)
-    folder = place.parent if place.suffix == ".star" else place
-    folder.mkdir(parents=True, exist_ok=True)
-    if place.suffix == ".star":
-        write_picks(found.picks, place)
-    else:
-        for name, picks in found.picks.items():
-            write_picks(picks, place / f"{safe_name(name)}.star")
-    write_whole(folder / "citations.md", as_table(citations(selection.records, found.annotations, api=api)))
+    folder, name = split(place_of(output)) if one else (place_of(output), "")
+    cited = as_table(citations(selection.records, found.annotations, api=api))
+    tables = (
+        {name: found.picks}
+        if one
+        else {f"{safe_name(each)}.star": picks for each, picks in found.picks.items()}
+    )
+    for file, points in tables.items():
+        write_picks(points, below(folder, file), storage_options=options)
+    _write(folder, "citations.md", cited, options)
     click.echo(f"points -> {output}")

@@ -60,7 +60,9 @@ def as_store(store: StoreLike, storage_options: Mapping[str, Any] | None = None)
         return store
     if isinstance(store, str) and is_remote(store):
         return connect(store, storage_options, read_only=False)
-    path = Path(_plain(store)).absolute()  # what is opened here may be read in a process with another folder
+    path = Path(
+        local_path(store)
+    ).absolute()  # what is opened here may be read in a process with another folder
     if path.exists() and not path.is_dir():
         raise CheckpointError(
             f"{path} is a file",
@@ -72,17 +74,19 @@ def as_store(store: StoreLike, storage_options: Mapping[str, Any] | None = None)
 
 def is_absent(store: StoreLike) -> bool:
     """Return whether a path is no folder: opening it as a store would make one."""
-    return isinstance(store, str | Path) and not is_remote(str(store)) and not Path(_plain(store)).is_dir()
+    return (
+        isinstance(store, str | Path) and not is_remote(str(store)) and not Path(local_path(store)).is_dir()
+    )
 
 
 def within(folder: str | Path, name: str) -> str:
     """Return the path, or the address, of something in a folder."""
     text = str(folder)
-    return f"{text.rstrip('/')}/{name}" if is_remote(text) else str(Path(_plain(text)) / name)
+    return f"{text.rstrip('/')}/{name}" if is_remote(text) else str(Path(local_path(text)) / name)
 
 
-def _plain(path: str | Path) -> str:
-    """Return a path without file:// in front."""
+def local_path(path: str | Path) -> str:
+    """Return a path on a disk without file:// in front."""
     text = str(path)
     return url2pathname(urlsplit(text).path) if text.lower().startswith("file://") else text
 
@@ -238,6 +242,12 @@ def put_object(
     """Store `data` at an address, whole or not at all; a store that does not answer is an error of `kind`."""
     folder, name = parent(canonical(address))
     write_bytes(PatientStore(connect(folder, storage_options, read_only=False), kind), name, data)
+
+
+def delete_object(address: str, storage_options: Mapping[str, Any] | None = None) -> None:
+    """Delete what is stored at an address."""
+    folder, name = parent(canonical(address))
+    sync(connect(folder, storage_options, read_only=False).delete(name))
 
 
 async def _together(

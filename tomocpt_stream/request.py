@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import tempfile
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -24,16 +26,18 @@ from tomocpt_stream.terminal import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
-    from pathlib import Path
+    from collections.abc import Callable, Iterator, Mapping
+
+    from zarr.abc.store import Store
 
     from tomocpt_stream.blocks import Stitch
-    from tomocpt_stream.destinations import Destination
+    from tomocpt_stream.destinations import Destination, Place
     from tomocpt_stream.formats import Format
+    from tomocpt_stream.frame import Frame
     from tomocpt_stream.heatmap import Contrast, Level, PickOptions, Scorer
     from tomocpt_stream.picks import Picks
     from tomocpt_stream.portal_records import TomogramRecord
-    from tomocpt_stream.tomogram import BeamAxis
+    from tomocpt_stream.tomogram import BeamAxis, Tomogram
     from tomocpt_stream.zarrays import Missing
 
 _LOGGER = logging.getLogger(__name__)
@@ -43,6 +47,27 @@ _NOISY = ("distributed", "distributed.client", "asyncio")
 _NOISE = "DASK_LOGGING__DISTRIBUTED"
 # Said where workers had to be killed, by the process that then clears up after them.
 _LEAKS = "ignore:resource_tracker"
+
+
+def storage_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the option that says how object stores are reached."""
+    return click.option(
+        "--storage-option",
+        "storage_options",
+        multiple=True,
+        metavar="KEY=VALUE",
+        callback=_pairs,
+        help="For addresses, repeatable: endpoint, region, access_key_id, secret_access_key, "
+        "skip_signature, cache_bytes. For one provider, that of the first address given.  "
+        "[default: from the environment]",
+    )(command)
+
+
+def _pairs(ctx: click.Context, option: click.Parameter, value: tuple[str, ...]) -> dict[str, str]:
+    del ctx, option
+    if any("=" not in text for text in value):  # which may be a secret: not repeated
+        raise click.BadParameter("each is KEY=VALUE")
+    return dict(text.split("=", 1) for text in value)
 
 
 @dataclass(frozen=True)
@@ -64,7 +89,7 @@ class PickRequest:
     margin: float = 0.0
     mask: str | None = None
     star: Format = "relion31"
-    keep_heatmap: Path | None = None
+    keep_heatmap: str | None = None
     scratch: str | None = None
     verify: bool = False
     workers: int | None = None
@@ -74,8 +99,8 @@ class PickRequest:
     beam_axis: BeamAxis = "z"
     level: Level = "given"
     missing: Missing = "error"
-    storage_options: Mapping[str, Any] = field(default_factory=dict)
-    # Of tomograms that are more than an address: their records, names and masks, by address.
+    storage_options: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    # Of tomograms of the portal: their records, names and masks, by address. No option is for these.
     records: Mapping[str, TomogramRecord] = field(default_factory=dict)
     names: Mapping[str, str] = field(default_factory=dict)
     masks: Mapping[str, str | None] = field(default_factory=dict)
@@ -101,6 +126,35 @@ class PickRequest:
             level=self.level,
         )
 
+    def options_for(self, place: object) -> dict[str, Any]:
+        """Return the storage options for a tomogram, a mask, or a place for output.
+
+        They are meant for one provider: that of the first address of an object store among tomograms,
+        scratch, output, maps and mask. Elsewhere the environment says all.
+        """
+        from tomocpt_stream.remote import is_remote, same_cloud
+
+        every = [*(source for source in self.tomograms if source not in self.records)]
+        every += [str(one) for one in (self.scratch, self.output, self.keep_heatmap, self.mask) if one]
+        meant = (one for one in every if is_remote(one) and not one.lower().startswith("http"))
+        text = str(place)
+        if not is_remote(text) or text in self.records:
+            return {}
+        if text.lower().startswith("http") or same_cloud(next(meant, text), text):
+            return dict(self.storage_options)
+        return {}
+
+    def mask_for(self, source: str, frame: Frame) -> str | Tomogram | None:
+        """Return the mask of a tomogram: one at an address is opened, with options of its own."""
+        from tomocpt_stream.mask import open_mask_file
+        from tomocpt_stream.remote import is_remote
+
+        own = self.masks.get(source)
+        mask = own or self.mask
+        if mask is None or not is_remote(mask):
+            return mask
+        return open_mask_file(mask, frame, None if own else self.options_for(mask))
+
     def destinations(self) -> dict[str, Destination]:
         """Return where the answer for each tomogram goes."""
         from tomocpt_stream.destinations import destinations
@@ -111,8 +165,10 @@ class PickRequest:
         )
 
 
-def pick_all(asked: PickRequest) -> list[Picks]:
+def pick_all(asked: PickRequest, picker: Scorer | None = None) -> list[Picks]:
     """Pick every tomogram of a request, write what was asked for, and return the picks.
+
+    `picker` is that of the request where it is loaded already.
 
     A tomogram that cannot be picked is reported with its reason and the others are done; SystemExit
     with 1 follows at the end.
@@ -120,7 +176,8 @@ def pick_all(asked: PickRequest) -> list[Picks]:
     from tomocpt_stream.picker import load_picker
 
     options, targets = asked.options(), asked.destinations()
-    picker = load_picker(asked.picker, device=asked.device)
+    picker = picker or load_picker(asked.picker, device=asked.device)
+    _refuse_unwritable(asked, targets)
     done: list[Picks] = []
     failed = []
     with workers(asked) as client:
@@ -229,7 +286,7 @@ def _pick_one(
         beam_axis=asked.beam_axis,
         name=target.name,
         missing=asked.missing,
-        storage_options=dict(asked.storage_options),
+        storage_options=asked.options_for(source),
     )
     tomogram = level_for(tomogram, picker, options)
     grid, plan = plan_pick(tomogram, picker, options, memory=asked.memory, workers=_count(client))
@@ -242,26 +299,59 @@ def _pick_one(
             tomogram,
             picker,
             options,
-            mask=asked.masks.get(source) or asked.mask,
+            mask=asked.mask_for(source, tomogram.frame),
             scratch=asked.scratch,
-            keep_heatmap=target.heatmap,
+            keep_heatmap=_map_store(target, asked),
             memory=asked.memory,
             verify=asked.verify,
             client=client,
             progress=progress,
+            storage_options=asked.options_for(asked.scratch),
         )
     seconds = time.perf_counter() - began
     done.append(picks)
-    write_picks(done if target.shares_star else picks, target.star, format=asked.star)
+    table = done if target.shares_star else picks
+    write_picks(table, target.star, format=asked.star, storage_options=asked.options_for(target.star))
     click.echo(
         f"  {count(len(picks), 'pick')} in {seconds:.1f} s ({rate(tomogram, seconds)}) -> {target.star}"
     )
     if asked.picture:
-        from tomocpt_stream.report import draw_picks
-
-        click.echo(f"  picture -> {draw_picks(tomogram, picks, target.picture, diameter=asked.diameter)}")
+        click.echo(f"  picture -> {_draw(tomogram, picks, target, asked)}")
     if tomogram.traffic is not None:
         click.echo(traffic_line(tomogram.traffic))
+
+
+def _refuse_unwritable(asked: PickRequest, targets: Mapping[str, Destination]) -> None:
+    """Raise before anything is picked where an object store takes no output."""
+    from tomocpt_stream.receipts import delete_object, put_object
+
+    for star in sorted({target.star for target in targets.values() if isinstance(target.star, str)})[:1]:
+        probe, options = f"{star}.probe", asked.options_for(star)
+        put_object(probe, b"", options)
+        with suppress(Exception):  # who may not delete has an empty object more
+            delete_object(probe, options)
+
+
+def _map_store(target: Destination, asked: PickRequest) -> Path | Store | None:
+    """Return where the map of a tomogram is kept."""
+    if not isinstance(target.heatmap, str):
+        return target.heatmap
+    from tomocpt_stream.receipts import as_store
+
+    return as_store(target.heatmap, asked.options_for(target.heatmap))
+
+
+def _draw(tomogram: Tomogram, picks: Picks, target: Destination, asked: PickRequest) -> Place:
+    """Draw the picture of a tomogram's picks; return where it is."""
+    from tomocpt_stream.receipts import put_object
+    from tomocpt_stream.report import draw_picks
+
+    if isinstance(target.picture, Path):
+        return draw_picks(tomogram, picks, target.picture, diameter=asked.diameter)
+    with tempfile.TemporaryDirectory(prefix="tomocpt-stream-") as folder:
+        drawn = draw_picks(tomogram, picks, Path(folder, "picks.png"), diameter=asked.diameter)
+        put_object(target.picture, drawn.read_bytes(), asked.options_for(target.picture))
+    return target.picture
 
 
 def _count(client: Any) -> int:
