@@ -152,6 +152,14 @@ def test_an_unknown_alignment_is_none_that_is_known() -> None:
         with pytest.raises(PortalError, match="on an unknown alignment, not AL-701"):
             placed(portal, Wanted(annotation=901), 8003)
         both = [replace(record, alignment_id=None) for record in records(rows, [8003])]
+        with pytest.raises(
+            PortalError, match=r"AN-901.* on an unknown alignment, as TM-8003 is, in a run of"
+        ):
+            place_annotations(both, RIBOSOME, POINTS, PortalAPI(portal.url, cache=False))
+    rows["alignments"] = [row for row in rows["alignments"] if row["id"] != 702]
+    for row in [*rows["tomograms"], *rows["annotationFiles"]]:
+        row["alignmentId"] = 701 if row["alignmentId"] == 702 else row["alignmentId"]
+    with portal_server(rows) as portal:
         found = place_annotations(both, RIBOSOME, POINTS, PortalAPI(portal.url, cache=False))
     assert [file.file_id for file in found.on[8003]] == [921]
     assert [file.file_id for _, file in found.elsewhere] == [922]

@@ -15,9 +15,10 @@ from tests.portal_rows import (
 )
 from tests.portal_server import PortalServer, portal_server
 from tomocpt_stream import portal_exchange
+from tomocpt_stream.annotation_files import POINTS, Wanted, place_annotations
 from tomocpt_stream.errors import PortalError
 from tomocpt_stream.portal import PortalAPI, select_tomograms
-from tomocpt_stream.portal_scope import _as_like, _fits_name, pairs_of, read_scope
+from tomocpt_stream.portal_scope import _as_like, _fits_name, in_frames, read_scope
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -203,12 +204,45 @@ def test_a_mistake_shows_before_anything_is_asked(api: PortalAPI, asked: dict[st
     assert api.requests == 0
 
 
-def test_an_annotation_file_of_no_alignment_fits_no_tomogram() -> None:
-    files = [
-        {"tomogramVoxelSpacingId": spacing, "alignmentId": alignment}
-        for spacing, alignment in ((1, 2), (1, None), (None, 2), (None, None), (1, 2))
-    ]
-    assert pairs_of(files) == {(1, 2)}
+def test_an_alignment_that_nobody_says_is_one_where_the_run_has_no_other(api: PortalAPI) -> None:
+    frames = {(1, 2), (1, None), (None, 2), (None, None)}
+    several, one, none = 501, 502, 505  # the runs' numbers of alignments
+    places: dict[int, tuple[int | None, int | None, int]] = {
+        1: (1, 2, several),
+        2: (1, 3, one),
+        3: (2, 2, one),
+        4: (None, 2, one),
+        5: (None, None, one),
+    }
+    assert in_frames(places, frames, api) == {1}
+    assert api.requests == 0  # where all is said nothing is asked
+    places |= {6: (1, None, several), 7: (1, None, one), 8: (1, None, none), 9: (2, None, one)}
+    assert in_frames(places, frames, api) == {1, 7, 8}
+    assert api.requests == 1
+
+
+def test_what_lies_on_tomograms_of_no_known_alignment_is_the_same_for_all() -> None:
+    rows = small_world()
+    for each in [*rows["tomograms"], *rows["annotationFiles"]]:
+        if each["alignmentId"] in (701, 702):
+            each["alignmentId"] = None
+    ribosome = Wanted(object="cytosolic ribosome")
+    truth: dict[str, Any] = {"run": 501, "dataset": FIRST_DATASET, "has_ground_truth": ribosome.object}
+    under: dict[str, Any] = {"deposition": OWN_TOMOGRAMS, "meaning": "annotations", "run": 501}
+    with portal_server(rows) as server:  # of two alignments
+        api = PortalAPI(server.url, cache=False)
+        records = select_tomograms(tomogram=[8003, 8004], all=True, api=api).records
+        with pytest.raises(PortalError, match="as TM-8003 is, in a run of several"):
+            place_annotations(records, ribosome, POINTS, api)
+        for asked in (truth, under):
+            with pytest.raises(PortalError):
+                select_tomograms(**asked, all=True, api=api)
+    rows["alignments"] = [each for each in rows["alignments"] if each["id"] != 702]
+    with portal_server(rows) as server:
+        api = PortalAPI(server.url, cache=False)
+        assert set(place_annotations(records, ribosome, POINTS, api).on) == {8003, 8004}
+        for asked in (truth, under):
+            assert {8003, 8004} <= set(_ids(**asked, all=True, api=api))
 
 
 def test_a_glob_finds_what_it_says_and_nothing_else(api: PortalAPI) -> None:

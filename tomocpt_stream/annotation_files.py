@@ -2,7 +2,8 @@
 
 A file lies on a tomogram where both its voxel spacing and its alignment are those of the tomogram. With
 the same run and spacing but another alignment it is in another frame, and its voxels are other places.
-Where neither has an alignment they count as one, as in the portal's own client.
+Where neither says its alignment they count as one in a run that has one alignment at most, and are
+refused in any other.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from tomocpt_stream.errors import PortalError
+from tomocpt_stream.portal_scope import in_frames
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -207,7 +209,7 @@ def place_annotations(
         )
     rows = _rows(api, "annotationFiles", {**_FILE, "": "annotationShapeId"}, "annotationShapeId", taken)
     files = [_record(annotations, taken, row) for row in sorted(rows, key=lambda row: int(row["id"]))]
-    on, elsewhere = _place(records, sorted(files, key=lambda file: file.id))
+    on, elsewhere = _place(records, sorted(files, key=lambda file: file.id), api)
     return Placed(on, elsewhere, other)
 
 
@@ -232,17 +234,19 @@ def listed(names: Iterable[str], most: int = 8) -> str:
 
 
 def _place(
-    records: Sequence[TomogramRecord], files: Sequence[AnnotationRecord]
+    records: Sequence[TomogramRecord], files: Sequence[AnnotationRecord], api: PortalAPI
 ) -> tuple[dict[int, list[AnnotationRecord]], tuple[tuple[TomogramRecord, AnnotationRecord], ...]]:
     spaced = defaultdict(list)
     for file in files:
         spaced[file.voxel_spacing_id].append(file)
+    places = {record.id: (record.voxel_spacing_id, record.alignment_id, record.run_id) for record in records}
+    fitting = in_frames(places, {(file.voxel_spacing_id, file.alignment_id) for file in files}, api)
     on: dict[int, list[AnnotationRecord]] = {}
     elsewhere = []
     for record in {record.id: record for record in records}.values():
         near = [] if record.voxel_spacing_id is None else spaced[record.voxel_spacing_id]
-        here = [file for file in near if file.alignment_id == record.alignment_id]
-        elsewhere += [(record, file) for file in near if file.alignment_id != record.alignment_id]
+        here = [file for file in near if file.alignment_id == record.alignment_id and record.id in fitting]
+        elsewhere += [(record, file) for file in near if file not in here]
         if here:
             on[record.id] = here
     if not on:
@@ -273,6 +277,8 @@ def refusals(elsewhere: Iterable[tuple[TomogramRecord, AnnotationRecord]]) -> li
     """Return for each file in another frame what it is, and which alignments differ."""
     return [
         f"{file} on {_alignment(file)}, not {_alignment(record)} of TM-{record.id}"
+        if file.alignment_id != record.alignment_id
+        else f"{file} on an unknown alignment, as TM-{record.id} is, in a run of several"
         for record, file in elsewhere
     ]
 

@@ -24,7 +24,7 @@ from tomocpt_stream.portal_scope import (
     Meaning,
     Scope,
     find_records,
-    pairs_of,
+    in_frames,
     read_scope,
     survey_wheres,
 )
@@ -378,10 +378,12 @@ def _truth_filter(records: Sequence[TomogramRecord], api: PortalAPI, *, wanted: 
         key="tomogramVoxelSpacingId",
         ids={record.voxel_spacing_id for record in records if record.voxel_spacing_id is not None},
     )
-    pairs = pairs_of(files)
+    frames = {(file["tomogramVoxelSpacingId"], file["alignmentId"]) for file in files}
+    places = {record.id: (record.voxel_spacing_id, record.alignment_id, record.run_id) for record in records}
+    having = in_frames(places, frames, api)
 
     def has(record: TomogramRecord) -> bool:
-        return (record.voxel_spacing_id, record.alignment_id) in pairs
+        return record.id in having
 
     return Filter(
         f"has_ground_truth={wanted}",

@@ -7,6 +7,7 @@ datasets that were, or the tomograms that its annotations lie on.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -17,12 +18,14 @@ from tomocpt_stream.portal_records import TomogramRecord
 from tomocpt_stream.portal_selection import listed, plural
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Collection, Iterable, Mapping
 
     from tomocpt_stream.portal_queries import PortalAPI, Row
 
 Meaning = Literal["tomograms", "datasets", "annotations"]
 Ids = int | str | Sequence[int | str]
+Frame = tuple[int | None, int | None]
+"""The voxel spacing and the alignment of a file, by their ids."""
 
 MEANINGS: dict[Meaning, str] = {
     "tomograms": "the tomograms submitted in it",
@@ -200,10 +203,25 @@ def find_records(scope: Scope, api: PortalAPI) -> tuple[list[TomogramRecord], li
     return records, notes
 
 
-def pairs_of(files: Iterable[Row]) -> set[tuple[int, int]]:
-    """Return voxel spacing and alignment of annotation files: both together say which tomograms they fit."""
-    pairs = ((file["tomogramVoxelSpacingId"], file["alignmentId"]) for file in files)
-    return {(spacing, alignment) for spacing, alignment in pairs if None not in (spacing, alignment)}
+def in_frames(
+    tomograms: Mapping[int, tuple[int | None, int | None, int]], frames: Collection[Frame], api: PortalAPI
+) -> set[int]:
+    """Return the ids of the tomograms on which files of some frames lie.
+
+    `tomograms` gives voxel spacing, alignment and run by id, `frames` are voxel spacings with alignments.
+    Both must be those of the tomogram. Where neither the file nor the tomogram says its alignment, they
+    have the same only in a run with one alignment at most, for which the portal is asked; a voxel spacing
+    that is not said fits nothing.
+    """
+    within = {
+        number: (alignment, run)
+        for number, (spacing, alignment, run) in tomograms.items()
+        if spacing is not None and (spacing, alignment) in frames
+    }
+    unsaid = {run for alignment, run in within.values() if alignment is None}
+    rows = api.rows("alignments", ("runId",), key="runId", ids=unsaid) if unsaid else []
+    count = Counter(row["runId"] for row in rows)
+    return {number for number, (alignment, run) in within.items() if alignment is not None or count[run] <= 1}
 
 
 def _of_deposition(number: int, scope: Scope, api: PortalAPI) -> tuple[dict[int, Row], Meaning]:
@@ -254,18 +272,22 @@ def _deposition_where(numbers: Sequence[int], meaning: Meaning) -> dict[str, Any
 def _under_annotations(number: int, scope: Scope, api: PortalAPI) -> dict[int, Row]:
     """Return the tomograms that a deposition's annotations lie on: those of their spacing and alignment."""
     # One request: a filter of tomograms through their files would give each once for every file.
-    groups = api.totals(
-        "annotationFiles",
-        {"annotationShape": {"annotation": {"depositionId": {"_eq": number}}}},
-        by=("tomogramVoxelSpacing.id", "alignment.id"),
-    )
-    pairs = {(group["tomogramVoxelSpacing.id"], group["alignment.id"]) for group in groups}
-    if not pairs:
+    where = {"annotationShape": {"annotation": {"depositionId": {"_eq": number}}}}
+    spacing = "tomogramVoxelSpacing.id"
+    groups = api.totals("annotationFiles", where, by=(spacing, "alignment.id"))
+    frames: set[Frame] = {(group["tomogramVoxelSpacing.id"], group["alignment.id"]) for group in groups}
+    # Those without an alignment are in no group.
+    groups = api.totals("annotationFiles", {**where, "alignmentId": {"_is_null": True}}, by=(spacing,))
+    frames |= {(group[spacing], None) for group in groups}
+    if not frames:
         return {}
-    found = _matching(scope, {}, api, key="tomogramVoxelSpacingId", ids=[spacing for spacing, _ in pairs])
-    return {
-        id_: row for id_, row in found.items() if (row["tomogramVoxelSpacingId"], row["alignmentId"]) in pairs
+    found = _matching(
+        scope, {}, api, key="tomogramVoxelSpacingId", ids={frame[0] for frame in frames if frame[0]}
+    )
+    places = {
+        each: (row["tomogramVoxelSpacingId"], row["alignmentId"], row["runId"]) for each, row in found.items()
     }
+    return {each: found[each] for each in in_frames(places, frames, api)}
 
 
 def _matching(
