@@ -102,6 +102,12 @@ def test_an_object_has_one_address(text: str, one: str) -> None:
     assert canonical(text) == canonical(one) == connect(text).address == one
 
 
+def test_an_address_of_no_letters_is_refused() -> None:
+    for path in ("\ud800", "%ff"):
+        with pytest.raises(SourceError, match="s3://box/"):
+            connect(f"s3://box/{path}")
+
+
 @pytest.mark.parametrize("path", ["a/../b", "..", "a/%2e%2E/b", "a/..%2Fb", "./a", "a//b"])
 def test_an_address_that_means_another_place_is_refused(path: str) -> None:
     for scheme in ("s3", "https"):

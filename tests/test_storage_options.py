@@ -197,7 +197,8 @@ def test_options_are_for_the_provider_of_the_first_address() -> None:
         "batch_size": 4,
         "memory": None,
     }
-    given = {"endpoint": "there"}
+    given = {"endpoint": "there", "timeout": "5"}
+    less = {"timeout": "5"}
     asked = PickRequest(
         tomograms=("a.mrc", "https://host/b.zarr", "gs://box/c.zarr"),
         output="s3://box/picks",
@@ -209,11 +210,14 @@ def test_options_are_for_the_provider_of_the_first_address() -> None:
         **plain,
     )
     every = [*asked.tomograms, asked.output, asked.scratch, asked.mask, None, "GS://other/d.zarr"]
-    assert [asked.options_for(one) for one in every] == [{}, given, given, {}, given, {}, {}, given]
+    assert [asked.options_for(one) for one in every] == [less, less, given, less, given, less, less, given]
+    portal = replace(asked, tomograms=("s3://cryoet-data-portal-public/a.zarr",), scratch="s3://box/scratch")
+    assert portal.options_for(portal.tomograms[0]) == less
+    assert portal.options_for(portal.scratch) == given
     # What the portal has is read as it always is.
     records: Any = {"gs://box/c.zarr": None}
     asked = replace(asked, records=records)
-    assert [asked.options_for(one) for one in every] == [{}, given, {}, {}, given, {}, {}, given]
+    assert [asked.options_for(one) for one in every] == [less, less, less, less, given, less, less, given]
     assert "there" not in repr(asked)
 
 

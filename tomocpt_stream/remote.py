@@ -263,7 +263,14 @@ def canonical(address: str) -> str:
             remedy="check its spelling",
         )
     _refuse_secrets(parts, SCHEMES[scheme])
-    path = unquote(parts.path, errors="surrogateescape").rstrip("/")
+    try:
+        path = quote(unquote(parts.path, errors="surrogateescape"), _PLAIN, errors="surrogateescape").rstrip(
+            "/"
+        )
+    except UnicodeError as error:
+        raise SourceError(
+            f"the address {address!r} ({error})", expected="letters", remedy="check its spelling"
+        ) from error
     if not {"", ".", ".."}.isdisjoint(path.split("/")[1:]):
         raise SourceError(
             f"the address {address} has nothing, a . or a .. between two slashes",
@@ -271,13 +278,18 @@ def canonical(address: str) -> str:
             remedy="write the address without them",
         )
     place = parts.netloc.lower() if SCHEMES[scheme] == "web" else parts.netloc
-    return f"{scheme}://{place}{quote(path, _PLAIN, errors='surrogateescape')}"
+    return f"{scheme}://{place}{path}"
 
 
-def same_cloud(one: str, other: str) -> bool:
-    """Return whether two addresses lie with providers that take the same options."""
-    first, second = (SCHEMES.get(urlsplit(address).scheme.lower()) for address in (one, other))
-    return first == second
+def provider(address: str) -> str:
+    """Return whose options an address takes: "aws", "google", "azure", "web", or "portal" for its bucket."""
+    parts = urlsplit(address)
+    return "portal" if parts.netloc == PORTAL_BUCKET else SCHEMES.get(parts.scheme.lower(), "")
+
+
+def without_credentials(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those options that mean the same for every store: times, retries, room for what is fetched."""
+    return {name: value for name, value in options.items() if name in (*_TIMES, "cache_bytes")}
 
 
 def connect(address: str, options: Mapping[str, Any] | None = None, *, read_only: bool = True) -> RemoteStore:

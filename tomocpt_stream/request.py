@@ -58,7 +58,8 @@ def storage_option(command: Callable[..., Any]) -> Callable[..., Any]:
         metavar="KEY=VALUE",
         callback=_pairs,
         help="For addresses, repeatable: endpoint, region, access_key_id, secret_access_key, "
-        "skip_signature, cache_bytes. For one provider, that of the first address given.  "
+        "skip_signature, cache_bytes. For one provider, that of the first address given, never for the "
+        "portal's bucket.  "
         "[default: from the environment]",
     )(command)
 
@@ -130,19 +131,18 @@ class PickRequest:
         """Return the storage options for a tomogram, a mask, or a place for output.
 
         They are meant for one provider: that of the first address of an object store among tomograms,
-        scratch, output, maps and mask. Elsewhere the environment says all.
+        scratch, output, maps and mask, which is never the portal. Elsewhere the environment says all.
         """
-        from tomocpt_stream.remote import is_remote, same_cloud
+        from tomocpt_stream.remote import is_remote, provider, without_credentials
 
         every = [*(source for source in self.tomograms if source not in self.records)]
         every += [str(one) for one in (self.scratch, self.output, self.keep_heatmap, self.mask) if one]
-        meant = (one for one in every if is_remote(one) and not one.lower().startswith("http"))
         text = str(place)
-        if not is_remote(text) or text in self.records:
-            return {}
-        if text.lower().startswith("http") or same_cloud(next(meant, text), text):
+        providers = (provider(one) for one in (*every, text) if is_remote(one))
+        meant = next((one for one in providers if one not in ("web", "portal")), None)
+        if is_remote(text) and text not in self.records and provider(text) == meant:
             return dict(self.storage_options)
-        return {}
+        return without_credentials(self.storage_options)
 
     def mask_for(self, source: str, frame: Frame) -> str | Tomogram | None:
         """Return the mask of a tomogram: one at an address is opened, with options of its own."""
@@ -153,7 +153,7 @@ class PickRequest:
         mask = own or self.mask
         if mask is None or not is_remote(mask):
             return mask
-        return open_mask_file(mask, frame, None if own else self.options_for(mask))
+        return open_mask_file(mask, frame, {} if own else self.options_for(mask))
 
     def destinations(self) -> dict[str, Destination]:
         """Return where the answer for each tomogram goes."""
