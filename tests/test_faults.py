@@ -43,12 +43,6 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
-    """Nine tasks of two chunks, which score each window once."""
-    return undisturbed_run(tmp_path_factory.mktemp("cropped"), "crop", 30)
-
-
-@pytest.fixture(scope="module")
 def blended(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
     """Sixteen tasks of three chunks, which share the windows at their borders."""
     return undisturbed_run(tmp_path_factory.mktemp("blended"), "hann", 24)

@@ -19,7 +19,7 @@ from zarr.storage import LocalStore, ObjectStore
 
 from tests.flaky_server import flaky_server
 from tests.stores import Fault, Faulty, Kind, Method
-from tests.watched import OPTIONS, Undisturbed, Watched, contents, done, run, undisturbed_run
+from tests.watched import OPTIONS, Undisturbed, Watched, contents, done, run
 from tomocpt_stream import patience
 from tomocpt_stream.errors import ActionableError, CheckpointError, JobError, SourceError
 from tomocpt_stream.heatmap import open_heatmap
@@ -31,12 +31,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from distributed import Client
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
-    """Nine tasks of two chunks, which score each window once."""
-    return undisturbed_run(tmp_path_factory.mktemp("cropped"), "crop", 30)
 
 
 def failing_stores(

@@ -21,34 +21,14 @@ from tests.portal_rows import (
 from tests.portal_rows import tomogram as tomogram_row
 from tests.portal_samples import record
 from tests.portal_server import Fault, PortalServer, portal_server
-from tomocpt_stream import portal, portal_exchange, portal_queries
+from tomocpt_stream import portal, portal_queries
 from tomocpt_stream.errors import PortalError
 from tomocpt_stream.lattice import Window
 from tomocpt_stream.portal import PortalAPI, Selection, find_tomograms, select_tomograms, summary, survey
 from tomocpt_stream.portal_records import TomogramRecord
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
-
-
-@pytest.fixture(scope="module")
-def running() -> Iterator[PortalServer]:
-    with portal_server(small_world()) as server:
-        yield server
-
-
-@pytest.fixture
-def server(running: PortalServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[PortalServer]:
-    monkeypatch.setattr(portal_exchange, "pause_before", lambda _: 0.0)
-    running.reset()
-    yield running
-    running.reset()
-
-
-@pytest.fixture
-def api(server: PortalServer) -> PortalAPI:
-    return PortalAPI(server.url, cache=False, timeout=(2, 5), budget=5)
 
 
 def _ids(**asked: Any) -> list[int]:

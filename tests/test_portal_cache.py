@@ -15,7 +15,6 @@ from tests.portal_questions import (
     ALL_RUNS,
     ANSWERS,
     api_of,
-    be_quick,
     few_pages,
     runs_of,
 )
@@ -28,23 +27,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 
+pytestmark = pytest.mark.usefixtures("pauses")
+
+
 @pytest.fixture(scope="module")
 def running() -> Iterator[PortalServer]:
+    """The stand-in, with a world of a few small pages."""
     with few_pages() as server:
         yield server
-
-
-@pytest.fixture
-def server(running: PortalServer) -> Iterator[PortalServer]:
-    running.reset()
-    yield running
-    running.reset()
-
-
-@pytest.fixture(autouse=True)
-def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The pauses that were made."""
-    return be_quick(monkeypatch)
 
 
 def test_an_answer_is_kept_and_shared(server: PortalServer, tmp_path: Path) -> None:

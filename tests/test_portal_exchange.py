@@ -22,7 +22,6 @@ from tests.portal_questions import (
     PAGE,
     RUNS,
     api_of,
-    be_quick,
     few_pages,
     runs_of,
 )
@@ -36,23 +35,14 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
+pytestmark = pytest.mark.usefixtures("pauses")
+
+
 @pytest.fixture(scope="module")
 def running() -> Iterator[PortalServer]:
+    """The stand-in, with a world of a few small pages."""
     with few_pages() as server:
         yield server
-
-
-@pytest.fixture
-def server(running: PortalServer) -> Iterator[PortalServer]:
-    running.reset()
-    yield running
-    running.reset()
-
-
-@pytest.fixture(autouse=True)
-def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The pauses that were made."""
-    return be_quick(monkeypatch)
 
 
 def _switches(fault: Fault) -> list[str]:

@@ -17,7 +17,6 @@ from tests.portal_questions import (
     RUNS,
     SMALLEST,
     api_of,
-    be_quick,
     few_pages,
     runs_of,
 )
@@ -30,23 +29,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 
+pytestmark = pytest.mark.usefixtures("pauses")
+
+
 @pytest.fixture(scope="module")
 def running() -> Iterator[PortalServer]:
+    """The stand-in, with a world of a few small pages."""
     with few_pages() as server:
         yield server
-
-
-@pytest.fixture
-def server(running: PortalServer) -> Iterator[PortalServer]:
-    running.reset()
-    yield running
-    running.reset()
-
-
-@pytest.fixture(autouse=True)
-def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The pauses that were made."""
-    return be_quick(monkeypatch)
 
 
 def test_rows_come_in_pages_and_in_order(server: PortalServer) -> None:

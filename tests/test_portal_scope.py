@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
@@ -13,34 +13,11 @@ from tests.portal_rows import (
     SECOND_DATASET,
     small_world,
 )
-from tests.portal_server import PortalServer, portal_server
-from tomocpt_stream import portal_exchange
+from tests.portal_server import portal_server
 from tomocpt_stream.annotation_files import POINTS, Wanted, place_annotations
 from tomocpt_stream.errors import PortalError
 from tomocpt_stream.portal import PortalAPI, select_tomograms
 from tomocpt_stream.portal_scope import _as_like, _fits_name, in_frames, read_scope
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-
-@pytest.fixture(scope="module")
-def running() -> Iterator[PortalServer]:
-    with portal_server(small_world()) as server:
-        yield server
-
-
-@pytest.fixture
-def server(running: PortalServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[PortalServer]:
-    monkeypatch.setattr(portal_exchange, "pause_before", lambda _: 0.0)
-    running.reset()
-    yield running
-    running.reset()
-
-
-@pytest.fixture
-def api(server: PortalServer) -> PortalAPI:
-    return PortalAPI(server.url, cache=False, timeout=(2, 5), budget=5)
 
 
 def _ids(**asked: Any) -> list[int]:

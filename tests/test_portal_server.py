@@ -14,10 +14,10 @@ from graphql import GraphQLError
 
 from tests.portal_rows import ANNOTATIONS_ONLY, COARSE, FINE, FIRST_DATASET, OWN_TOMOGRAMS, many, small_world
 from tests.portal_schema import entities, portal_schema
-from tests.portal_server import Fault, PortalServer, portal_server
+from tests.portal_server import Fault, PortalServer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from tests.portal_rows import Rows
 
@@ -26,19 +26,6 @@ cdp: Any = importlib.import_module("cryoet_data_portal")
 
 MASKED = "Unexpected error."
 ALL = {one["id"] for one in small_world()["tomograms"]}
-
-
-@pytest.fixture(scope="module")
-def running() -> Iterator[PortalServer]:
-    with portal_server(small_world()) as server:
-        yield server
-
-
-@pytest.fixture
-def server(running: PortalServer) -> Iterator[PortalServer]:
-    running.reset()
-    yield running
-    running.reset()
 
 
 @pytest.fixture(scope="module")
