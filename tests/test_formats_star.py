@@ -243,6 +243,9 @@ def test_the_same_picks_are_the_same_bytes(tmp_path: Path) -> None:
         ([_picks(), _picks(voxel_size=5.0)], "relion31", "10.012 and of 5.0"),
         ([_picks(rotated=True), _picks(tomogram="b")], "relion31", "rotations"),
         (_picks(1, rotations=np.zeros((1, 3, 3))), "relion31", "rotations"),
+        (_picks(1, score=np.array([np.nan], np.float32)), "relion31", "pick 0 .* score nan"),
+        (_picks(1, zyx=np.array([[0, 1e300, 0]])), "relion31", "pick 0 of TS_01 at"),
+        (_picks(1, voxel_size=1e-5), "relion5", "voxels of 1e-05 Å"),
         (_picks(), "relion6", "relion31, relion5"),
     ],
 )
@@ -281,12 +284,12 @@ OPTICS = "data_optics\n\nloop_\n_rlnOpticsGroup #1\n_rlnImagePixelSize #2\n1 10.
 
 
 def test_origins_are_subtracted(tmp_path: Path) -> None:
-    angstrom = [*XYZ, "rlnOriginXAngst", "rlnOriginYAngst", "rlnOriginZAngst", "rlnTomoName"]
+    angstrom = [*XYZ, "rlnOriginXAngst", "rlnOriginYAngst", "rlnOriginZAngst", "rlnMicrographName"]
     path = _star(tmp_path, angstrom, ["10 20 30 5 -10 0 a"])
     with pytest.raises(FormatError, match="does not say the voxel size of tomogram a"):
         read_picks(path)
     assert read_picks(path, voxel_size=5.0)["a"].zyx.tolist() == [[30.0, 22.0, 9.0]]
-    pixels = [*XYZ, "rlnOriginX", "rlnOriginY", "rlnOriginZ", "rlnTomoName"]
+    pixels = [*XYZ, "rlnOriginX", "rlnOriginY", "rlnOriginZ", "rlnMicrographName"]
     assert read_picks(_star(tmp_path, pixels, ["10 20 30 1 2 3 a"]))["a"].zyx.tolist() == [[27.0, 18.0, 9.0]]
     centred = [c.replace("Coordinate", "CenteredCoordinate") + "Angst" for c in XYZ] + angstrom[3:]
     path = _star(tmp_path, centred, ["0 10 -20 5 -10 0 a"])
@@ -295,7 +298,14 @@ def test_origins_are_subtracted(tmp_path: Path) -> None:
 
 
 def test_origins_and_angles_turn_with_the_subtomogram(tmp_path: Path) -> None:
-    columns = [*XYZ, "rlnOriginXAngst", "rlnOriginYAngst", "rlnOriginZAngst", "rlnTomoName", "rlnAngleRot"]
+    columns = [
+        *XYZ,
+        "rlnOriginXAngst",
+        "rlnOriginYAngst",
+        "rlnOriginZAngst",
+        "rlnMicrographName",
+        "rlnAngleRot",
+    ]
     columns += ["rlnAngleTilt", "rlnAnglePsi"] + [f"rlnTomoSubtomogram{a}" for a in ("Rot", "Tilt", "Psi")]
     found = read_picks(_star(tmp_path, columns, ["10 20 30 4 0 0 a 10 20 30 90 0 0"]), voxel_size=2.0)["a"]
     quarter = Rotation.from_euler("Z", -90, degrees=True)  # the inverse of rot = 90
@@ -308,9 +318,13 @@ def test_origins_and_angles_turn_with_the_subtomogram(tmp_path: Path) -> None:
 def test_voxel_sizes_come_from_the_optics_group_unless_passed(tmp_path: Path) -> None:
     path = _star(tmp_path, [*XYZ, "rlnMicrographName", "rlnOpticsGroup"], ["1 2 3 a 2", "4 5 6 b 1"], OPTICS)
     assert {name: picks.voxel_size for name, picks in read_picks(path).items()} == {"a": 5.0, "b": 10.0}
-    assert read_picks(path, voxel_size=7.0)["a"].voxel_size == 7.0
-    given = read_picks(path, tomograms={"a": ((3, 4, 5), 6.0)})
-    assert (given["a"].voxel_size, given["a"].shape, given["b"].voxel_size) == (6.0, (3, 4, 5), 10.0)
+    given = read_picks(path, tomograms={"a": ((3, 4, 5), 5.02)})
+    assert (given["a"].voxel_size, given["a"].shape, given["b"].voxel_size) == (5.02, (3, 4, 5), 10.0)
+    assert given["a"].zyx.tolist() == [[3.0, 2.0, 1.0]]
+    with pytest.raises(FormatError, match="pass pixel_size=5 if they count those pixels, pixel_size=7 if"):
+        read_picks(path, voxel_size=7.0)
+    other = read_picks(path, voxel_size=20.0, pixel_size=10.0)["a"]
+    assert (other.zyx.tolist(), other.voxel_size) == ([[1.5, 1.0, 0.5]], 20.0)
     assert read_picks(path)["a"].score.tolist() == [1.0]
 
 
@@ -323,14 +337,28 @@ def test_paths_in_name_columns_are_names(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("columns", "rows", "optics", "message"),
     [
-        ([*XYZ, "rlnTomoName"], ["1 2 3 a", "1 x 3 a"], "", "row 2 of data_particles .* rlnCoordinateY 'x'"),
-        ([*XYZ, "rlnTomoName"], ["1 2 3 a", "1 nan 3 a"], "", "row 2 .* rlnCoordinateY 'nan'"),
-        ([*XYZ, "rlnTomoName"], ["1 2 3 a", "1 inf 3 a"], "", "row 2 .* rlnCoordinateY 'inf'"),
-        ([*XYZ, "rlnTomoName"], ["1 2 3 a", "1 2 3"], "", "row 2 .* has no rlnTomoName"),
-        ([*XYZ, "rlnTomoName"], ["1 2 3 a", "1 2 3 a 5 6"], "", "cannot be read as STAR"),
-        ([*XYZ, "rlnTomoName"], ["1 2 3"], "", "cannot be read as STAR"),
-        ([*XYZ, "rlnTomoName", "rlnAutopickFigureOfMerit"], ["1 2 3 a b"], "", "row 1 .*FigureOfMerit 'b'"),
-        ([*XYZ, "rlnTomoName", "rlnCoordinateX"], ["1 2 3 a 5"], "", "column rlnCoordinateX twice"),
+        (
+            [*XYZ, "rlnMicrographName"],
+            ["1 2 3 a", "1 x 3 a"],
+            "",
+            "row 2 of data_particles .* rlnCoordinateY 'x'",
+        ),
+        ([*XYZ, "rlnMicrographName"], ["1 2 3 a", "1 nan 3 a"], "", "row 2 .* rlnCoordinateY 'nan'"),
+        ([*XYZ, "rlnMicrographName"], ["1 2 3 a", "1 -1e10 3 a"], "", "row 2 .* rlnCoordinateY '-1e.10'"),
+        ([*XYZ, "rlnMicrographName"], ["1 2 3 a", "1 2 3 a\x00b"], "", r"rlnMicrographName 'a\\x00b'"),
+        ([*XYZ, "rlnMicrographName"], ["1 2 3 " + "a" * 1001], "", "at most 1000 printable"),
+        ([*XYZ, "rlnMicrographName"], ["1 2 3 a", "1 inf 3 a"], "", "row 2 .* rlnCoordinateY 'inf'"),
+        ([*XYZ, "rlnMicrographName"], ["1 2 3 a", '1 2 3 ""'], "", "row 2 .* has no rlnMicrographName"),
+        ([*XYZ, "rlnMicrographName"], ["1 2 3 a", "1 2 3"], "", "line 11 .* 3 values"),
+        ([*XYZ, "rlnMicrographName"], ["1 2 3 a", "1 2 3 a 5 6"], "", "cannot be read as STAR"),
+        ([*XYZ, "rlnMicrographName"], ["1 2 3"], "", "cannot be read as STAR"),
+        (
+            [*XYZ, "rlnMicrographName", "rlnAutopickFigureOfMerit"],
+            ["1 2 3 a b"],
+            "",
+            "row 1 .*FigureOfMerit 'b'",
+        ),
+        ([*XYZ, "rlnMicrographName", "rlnCoordinateX"], ["1 2 3 a 5"], "", "column rlnCoordinateX twice"),
         (XYZ, ["1 2 3"], "", "no column of tomogram names"),
         (XYZ[:2], ["1 2"], "", "0 tables of picks"),
         ([*XYZ, "rlnMicrographName", "rlnOpticsGroup"], ["1 2 3 a 7"], OPTICS, "row 1 .* optics group 7"),
@@ -398,10 +426,10 @@ def test_any_bytes_are_picks_or_a_format_error(tmp_path_factory: pytest.TempPath
 
 
 def test_a_file_read_after_a_broken_one_of_its_name_is_the_new_one(tmp_path: Path) -> None:
-    path = _star(tmp_path, [*XYZ, "rlnTomoName"], ["1 2 3 a", "1 2 3 a 5 6 7"])
+    path = _star(tmp_path, [*XYZ, "rlnMicrographName"], ["1 2 3 a", "1 2 3 a 5 6 7"])
     with pytest.raises(FormatError):
         read_picks(path)
-    assert len(read_picks(_star(tmp_path, [*XYZ, "rlnTomoName"], ["1 2 3 a", "1 2 3 a"]))["a"]) == 2
+    assert len(read_picks(_star(tmp_path, [*XYZ, "rlnMicrographName"], ["1 2 3 a", "1 2 3 a"]))["a"]) == 2
 
 
 def test_a_real_relion_3_file(shared_data: Path) -> None:
@@ -433,7 +461,7 @@ def test_real_relion_5_files(shared_data: Path) -> None:
 
 def test_a_real_export_of_warp_lies_where_m_put_it(shared_data: Path) -> None:
     source = shared_data / "star" / "m" / "m_import_run_data.star"
-    with pytest.raises(FormatError, match="Warp pixels of its export"):
+    with pytest.raises(FormatError, match="Warp voxels of its export"):
         read_picks(source)
     found = np.concatenate([p.angstrom() for p in read_picks(source, format="relion31").values()])
     species = starfile.read(shared_data / "star" / "m" / "m_species_particles.star")
@@ -442,7 +470,10 @@ def test_a_real_export_of_warp_lies_where_m_put_it(shared_data: Path) -> None:
 
 
 def test_the_truth_of_simulated_tomograms_reads(shared_data: Path) -> None:
-    found = read_picks(shared_data / "sim10A" / "sim_val_1.star", voxel_size=10.0)
+    path = shared_data / "sim10A" / "sim_val_1.star"
+    with pytest.raises(FormatError, match=r'"relion4" for unbinned pixels.*"relion31" for voxels'):
+        read_picks(path, voxel_size=10.0)
+    found = read_picks(path, format="relion31", voxel_size=10.0)
     assert list(found) == ["sim_val_1"]
     assert len(found["sim_val_1"]) == 80
     assert found["sim_val_1"].zyx[0].tolist() == [71.0, 208.0, 198.0]

@@ -52,6 +52,13 @@ class Kind:
 FORMATS: dict[Format, Kind] = {
     "relion31": Kind("star", (".star",)),
     "relion5": Kind("star", (".star",)),
+    "relion5-picker": Kind("star", (".star",)),
+    "relion4": Kind("star", (".star",)),
+    "warp": Kind("star", (".star",)),
+    "relion30": Kind("star", (".star",), writes=False),
+    "m": Kind("star", (".star",), writes=False),
+    "stopgap": Kind("star", (".star",), writes=False),
+    "tomoman": Kind("star", (".star",), writes=False),
 }
 """Every format by name; where several have a suffix, the first one is what is written without a name."""
 
@@ -65,15 +72,20 @@ def read_picks(  # noqa: PLR0913  (the public signature of the design)
     tomograms: Tomograms | None = None,
     half_voxel: bool = True,
     base_index: int | None = None,
+    pixel_size: float | None = None,
+    mean_binned: bool = False,
+    name_pattern: str | None = None,
     storage_options: Mapping[str, Any] | None = None,
 ) -> dict[str, Picks]:
     """Read the picks of a coordinate file, by tomogram name, in the order of their rows.
 
     `path` may be the address of a file, with `storage_options` as those of `remote.connect`.
     `voxel_size` (Å) and `shape` (z, y, x) are those of the tomogram whose voxels the picks come in;
-    `tomograms` gives them by name: a RELION 5 tomograms.star, or a mapping from names to
-    (shape, voxel_size), Picks or Tomograms. An argument comes before what the file says. Picks of a
-    file without scores have score 1.
+    `tomograms` gives them by name: a tomograms.star, Warp's .settings or *.tomostar, several of these,
+    or a mapping from names to (shape, voxel_size), Picks or Tomograms. `pixel_size` (Å) is what the
+    file's coordinates count where that is not voxels of the tomogram: the tilt series' pixels, mostly.
+    `mean_binned` and `name_pattern` are those of `Asked`. An argument comes before what the file says.
+    Picks of a file without scores have score 1.
 
     Raises
     ------
@@ -83,13 +95,22 @@ def read_picks(  # noqa: PLR0913  (the public signature of the design)
     """
     kind = _known(format, path, writing=False)
     sizes = None if tomograms is None else tomogram_extents(tomograms)
-    asked = Asked(voxel_size, shape, sizes, half_voxel, base_index)
+    asked = Asked(
+        voxel_size,
+        shape,
+        sizes,
+        half_voxel,
+        base_index,
+        pixel_size=pixel_size,
+        mean_binned=mean_binned,
+        name_pattern=name_pattern,
+    )
     with _at_hand(path, kind, storage_options) as file:
         found: dict[str, Picks] = _module(kind).read(file, format, asked)
     return found
 
 
-def write_picks(
+def write_picks(  # noqa: PLR0913  (the public signature of the design)
     picks: Picks | Mapping[str, Picks] | Iterable[Picks],
     path: str | Path,
     *,
@@ -97,13 +118,19 @@ def write_picks(
     tomograms: Tomograms | None = None,
     half_voxel: bool = True,
     base_index: int | None = None,
+    pixel_size: float | None = None,
+    mean_binned: bool = False,
+    name_pattern: str | None = None,
+    optimisation_set: bool = False,
     storage_options: Mapping[str, Any] | None = None,
 ) -> None:
     """Write picks of one or several tomograms; each file appears whole or not at all.
 
     `path` may be an address (s3://, gs://, az://), with `storage_options` as those of `remote.connect`. A
     mapping names the tomograms by its keys. A file that is there already is replaced. "relion5"
-    needs the size of each tomogram, from its picks or from `tomograms` (see `read_picks`).
+    needs the size of each tomogram, from its picks or from `tomograms` (see `read_picks`), "relion4" the
+    unbinned pixel size of the tilt series, from `pixel_size` (Å) or `tomograms`. `optimisation_set` also
+    writes RELION's optimisation_set.star beside a file whose `tomograms` are a tomograms.star.
 
     Raises
     ------
@@ -113,7 +140,15 @@ def write_picks(
     kind = _known(format, path, writing=True)
     named = format or next(name for name, one in FORMATS.items() if one == kind)
     sizes = None if tomograms is None else tomogram_extents(tomograms)
-    asked = Asked(tomograms=sizes, half_voxel=half_voxel, base_index=base_index)
+    asked = Asked(
+        tomograms=sizes,
+        half_voxel=half_voxel,
+        base_index=base_index,
+        pixel_size=pixel_size,
+        mean_binned=mean_binned,
+        name_pattern=name_pattern,
+        companion=_companion(path, tomograms) if optimisation_set else None,
+    )
     folder, name = _place(path)
     files: dict[str, bytes] = _module(kind).render(_named(picks), named, asked, name)
     for key, data in files.items():
@@ -141,6 +176,17 @@ def _at_hand(path: str | Path, kind: Kind, storage_options: Mapping[str, Any] | 
                 text.replace(str(file), path) for text in (error.found, error.expected, error.remedy)
             )
             raise FormatError(found, expected=expected, remedy=remedy) from error
+
+
+def _companion(path: str | Path, tomograms: Tomograms | None) -> tuple[str, str]:
+    """Return the files that an optimisation set names, as they were called."""
+    if not isinstance(tomograms, str | Path) or Path(tomograms).suffix.lower() != ".star":
+        raise FormatError(
+            "an optimisation set without a tomograms.star",
+            expected="tomograms= (--tomograms): the tomograms.star that the picks belong to",
+            remedy="pass it, or write no optimisation set",
+        )
+    return str(path), str(tomograms)
 
 
 def _named(picks: Picks | Mapping[str, Picks] | Iterable[Picks]) -> list[Picks]:

@@ -1,9 +1,9 @@
-"""Sizes of tomograms that a coordinate file leaves out: from tomograms.star, or as the caller has them."""
+"""Sizes and names of tomograms that a coordinate file leaves out: from RELION, Warp or the caller."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,13 +11,15 @@ import numpy as np
 
 from tomocpt_stream.errors import FormatError
 from tomocpt_stream.formats.tables import Table, finite_column, name_column, read_tables
+from tomocpt_stream.formats.warp import read_settings, tomostar_names
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
     from tomocpt_stream.frame import Shape
 
-Tomograms = str | Path | Mapping[str, Any]
+Source = str | Path
+Tomograms = Source | Sequence[Source] | Mapping[str, Any]
 
 _SIZES = ["rlnTomoSizeX", "rlnTomoSizeY", "rlnTomoSizeZ"]
 _PIXEL = "rlnTomoTiltSeriesPixelSize"
@@ -30,8 +32,8 @@ class Extent:
     """The size of one tomogram; what is not known is None.
 
     `angstrom` is the whole size along x, y, z: unbinned pixels times `pixel_size` where a
-    tomograms.star says it, else voxels times voxel size. `pixel_size` is the tilt series', unbinned.
-    `optics` holds what RELION knows of the microscope.
+    tomograms.star or Warp's settings say it, else voxels times voxel size. `pixel_size` is the tilt
+    series', unbinned. `optics` holds what RELION knows of the microscope.
     """
 
     shape: Shape | None = None
@@ -41,6 +43,25 @@ class Extent:
     optics: tuple[tuple[str, float], ...] = ()
 
 
+class Listed(dict[str, Extent]):
+    """Sizes of tomograms by name, and of those that are not among them.
+
+    `series` says that the names are those of tilt series as the next program has them, so that a
+    tomogram without one of them is an error.
+    """
+
+    def __init__(
+        self,
+        extents: Mapping[str, Extent] | None = None,
+        every: Extent | None = None,
+        *,
+        series: bool = False,
+    ) -> None:
+        super().__init__(extents or {})
+        self.every = every or Extent()
+        self.series = series
+
+
 def extent(shape: Shape | None, voxel_size: float | None) -> Extent:
     """Return the size of a tomogram of which shape (z, y, x) and voxel size may be known."""
     if shape is None or voxel_size is None:
@@ -48,15 +69,44 @@ def extent(shape: Shape | None, voxel_size: float | None) -> Extent:
     return Extent(shape, voxel_size, np.array(shape[::-1], dtype=np.float64) * voxel_size)
 
 
-def tomogram_extents(tomograms: Tomograms) -> dict[str, Extent]:
-    """Return the sizes of tomograms by name, from a tomograms.star or a mapping.
+def tomogram_extents(tomograms: Tomograms) -> Listed:
+    """Return the sizes and names of tomograms from a mapping, or from one or several files together.
 
-    Values of a mapping are (shape, voxel_size) or anything with `.shape` and `.voxel_size`; for a
-    Tomogram, whose picks lie in the voxels of its file, those of the file.
+    Files are a tomograms.star of RELION 4 or 5, the .settings of a Warp project, its .tomostar files or
+    a folder of these. Values of a mapping are (shape, voxel_size) or anything with `.shape` and
+    `.voxel_size`; for a Tomogram, whose picks lie in the voxels of its file, those of the file.
     """
     if isinstance(tomograms, Mapping):
-        return {str(name): _given(str(name), value) for name, value in tomograms.items()}
-    return _tomograms_star(Path(tomograms))
+        return Listed({str(name): _given(str(name), value) for name, value in tomograms.items()})
+    sources = [tomograms] if isinstance(tomograms, (str, Path)) else list(tomograms)
+    extents: dict[str, Extent] = {}
+    every, tomostars = Extent(), []
+    for source in map(Path, sources):
+        if source.is_dir():
+            tomostars += _tomostars_in(source)
+        elif not source.is_file():
+            raise FormatError(f"no file {source}", expected="sizes of tomograms", remedy="check the path")
+        elif source.suffix.lower() == ".tomostar":
+            tomostars.append(source)
+        elif source.suffix.lower() == ".settings":
+            pixel, size = read_settings(source)
+            every = Extent(angstrom=np.array(size) * pixel, pixel_size=pixel)
+        else:
+            extents |= _tomograms_star(source)
+    for name in tomostar_names(tomostars):
+        extents.setdefault(name, every)
+    return Listed(extents, every, series=bool(extents))
+
+
+def _tomostars_in(folder: Path) -> list[Path]:
+    found = sorted(folder.glob("*.tomostar"))
+    if not found:
+        raise FormatError(
+            f"no *.tomostar in {folder}",
+            expected="the folder of a project's tomostars",
+            remedy="check the path",
+        )
+    return found
 
 
 def _given(name: str, value: Any) -> Extent:
@@ -77,26 +127,33 @@ def _given(name: str, value: Any) -> Extent:
 
 
 def _tomograms_star(path: Path) -> dict[str, Extent]:
-    tables = read_tables(path)
-    found = [table for table in tables.values() if {"rlnTomoName", _PIXEL, *_SIZES} <= set(table.frame)]
+    tables = read_tables(path, {_PIXEL, _BINNING, *_SIZES, *_OPTICS}, {"rlnTomoName"})
+    found = [table for table in tables.values() if {"rlnTomoName", _PIXEL, *_SIZES} <= set(table.columns)]
     if len(found) != 1:
         raise FormatError(
             f"{path} has {len(found)} tables with rlnTomoName, {_PIXEL} and rlnTomoSizeX, Y, Z",
-            expected="one: the tomograms.star of a RELION 5 job",
-            remedy="pass the tomograms.star, or a mapping of names to (shape, voxel_size)",
+            expected="one: the tomograms.star of a RELION 4 or 5 job",
+            remedy="pass the tomograms.star, Warp's .settings, or a mapping of names to (shape, voxel_size)",
         )
     return _rows(found[0])
 
 
 def _rows(table: Table) -> dict[str, Extent]:
-    names = name_column(table, ["rlnTomoName"])
-    pixel = finite_column(table, _PIXEL)
-    sizes = np.stack([finite_column(table, size) for size in _SIZES], axis=1)
-    binning = finite_column(table, _BINNING) if _BINNING in table.frame else np.full(len(names), np.nan)
-    optics = {key: finite_column(table, key) for key in _OPTICS if key in table.frame}
+    codes, names = name_column(table, ["rlnTomoName"])
+    if len(names) < len(codes):
+        raise FormatError(
+            f"{table.place} has {len(codes)} rows for {len(names)} tomograms",
+            expected="each tomogram once",
+            remedy="remove the rows that are there twice",
+        )
+    pixel = _sizes(table, _PIXEL)
+    sizes = np.stack([_sizes(table, size) for size in _SIZES], axis=1)
+    unknown = np.full(len(names), np.nan)
+    binning = table.numbers.get(_BINNING, unknown)
+    optics = {key: finite_column(table, key) for key in _OPTICS if key in table.numbers}
     extents = {}
     for row, name in enumerate(names):
-        known = np.isfinite(binning[row]) and binning[row] > 0
+        known = binning[row] > 0
         voxels = np.rint(sizes[row] / binning[row]).astype(int) if known else None
         extents[name] = Extent(
             shape=None if voxels is None else (int(voxels[2]), int(voxels[1]), int(voxels[0])),
@@ -106,3 +163,23 @@ def _rows(table: Table) -> dict[str, Extent]:
             optics=tuple((key, float(column[row])) for key, column in optics.items()),
         )
     return extents
+
+
+def _sizes(table: Table, column: str) -> npt.NDArray[np.float64]:
+    values = finite_column(table, column)
+    if (values <= 0).any():
+        row = int(np.flatnonzero(values <= 0)[0])
+        raise FormatError(
+            f"row {row + 1} of {table.place} has {column} {values[row]:g}",
+            expected="a positive number",
+            remedy="correct it",
+        )
+    return values
+
+
+def with_voxels(known: Extent, shape: Shape | None, voxel_size: float | None) -> Extent:
+    """Return a size whose voxels are known otherwise; what is unbinned stays."""
+    shape, voxel_size = shape or known.shape, voxel_size or known.voxel_size
+    if known.pixel_size is None:
+        return extent(shape, voxel_size)
+    return replace(known, shape=shape, voxel_size=voxel_size)
