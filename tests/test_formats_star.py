@@ -471,9 +471,7 @@ def test_a_real_export_of_warp_lies_where_m_put_it(shared_data: Path) -> None:
 
 def test_the_truth_of_simulated_tomograms_reads(shared_data: Path) -> None:
     path = shared_data / "sim10A" / "sim_val_1.star"
-    with pytest.raises(FormatError, match=r'"relion4" for unbinned pixels.*"relion31" for voxels'):
-        read_picks(path, voxel_size=10.0)
-    found = read_picks(path, format="relion31", voxel_size=10.0)
+    found = read_picks(path, voxel_size=10.0, shape=(96, 256, 256))
     assert list(found) == ["sim_val_1"]
     assert len(found["sim_val_1"]) == 80
     assert found["sim_val_1"].zyx[0].tolist() == [71.0, 208.0, 198.0]

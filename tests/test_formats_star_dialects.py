@@ -110,8 +110,8 @@ def test_relion_4_asks_for_the_pixel_size_that_a_file_leaves_out(tmp_path: Path)
     path = tmp_path / "p.star"
     header = "data_\nloop_\n_rlnTomoName\n_rlnCoordinateX\n_rlnCoordinateY\n_rlnCoordinateZ\n"
     path.write_text(header + "_rlnOriginXAngst\n_rlnOriginYAngst\n_rlnOriginZAngst\nTS_01 40 80 120 8 0 -8\n")
-    with pytest.raises(FormatError, match=r'"relion4" for unbinned pixels'):
-        read_picks(path, voxel_size=8.0)
+    with pytest.raises(FormatError, match=r'beyond its \(30, 30, 30\) voxels.*"relion4" for unbinned pixels'):
+        read_picks(path, voxel_size=8.0, shape=(30, 30, 30))
     with pytest.raises(FormatError, match=r"unbinned pixel size of tomogram TS_01.*pass pixel_size="):
         read_picks(path, format="relion4", voxel_size=8.0)
     found = read_picks(path, format="relion4", voxel_size=8.0, pixel_size=2.0)["TS_01"]

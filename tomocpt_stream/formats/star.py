@@ -27,9 +27,10 @@ Elsewhere angles are ZYZ: the matrix from particle to tomogram is the inverse of
 `rlnOrigin*` is subtracted from the position. Where RELION gives subtomograms an orientation of their own
 (`rlnTomoSubtomogramRot/Tilt/Psi`), angles and origins are relative to it. The score is
 `rlnAutopickFigureOfMerit`. Dialects but "relion30", "relion31" and "stopgap" name tilt series. Files
-written here say their dialect in a comment; of others the columns tell, or an error asks. Voltage and
-spherical aberration, which readers want but picks do not know, are RELION's defaults in a "relion31"
-file; no coordinate depends on them.
+written here say their dialect in a comment; of others the columns tell, or an error asks. A plain list
+of `rlnTomoName` and `rlnCoordinateX/Y/Z` is read as "relion31", and refused where a pick lies beyond the
+tomogram. Voltage and spherical aberration, which readers want but picks do not know, are RELION's defaults
+in a "relion31" file; no coordinate depends on them.
 """
 
 from __future__ import annotations
@@ -70,6 +71,7 @@ if TYPE_CHECKING:
 __all__ = ["read", "render"]
 
 _WITHOUT_PICKS = re.compile(r"tomogram (.+) has no picks, voxel size (\S+)$")
+_RELION_4 = {"rlnTomoParticleId", "rlnTomoParticleName", "rlnTomoManifoldIndex"}
 _SPOKEN = re.compile(r"picks in the frame of (\S+?)(?:, voxel size (\S+))?$")
 
 
@@ -93,6 +95,7 @@ def read(path: Path, dialect: str | None, asked: Asked) -> dict[str, Picks]:
     tables = read_tables(path, NUMBERS, NAMES)
     written, voxel_size, empty = _commented(path)
     particles, spoken = _particles(tables, path, dialect or written)
+    guessed = not (dialect or written) and spoken == "relion31" and "rlnTomoName" in particles.columns
     rows = _columns(particles, DIALECTS[spoken], asked)
     codes, names = name_column(particles, DIALECTS[spoken].names)
     frame = DIALECTS[spoken].frame
@@ -102,7 +105,7 @@ def read(path: Path, dialect: str | None, asked: Asked) -> dict[str, Picks]:
     found = {}
     for name, some in zip(names, _by_code(codes, len(names)), strict=True):
         own = _one_size(said[some], name, particles) or voxel_size
-        found[called[name]] = _picks(rows, some, called[name], places, own)
+        found[called[name]] = _picks(rows, some, called[name], places, own, guessed=guessed)
     for name, said_size in empty.items():
         size = asked.of(called[name], said_size)
         none = Picks(
@@ -112,8 +115,19 @@ def read(path: Path, dialect: str | None, asked: Asked) -> dict[str, Picks]:
     return found
 
 
-def _picks(rows: _Rows, some: npt.NDArray[np.intp], name: str, places: Places, said: float | None) -> Picks:
-    """Return the picks of some rows, which all lie in the tomogram `name`."""
+def _picks(
+    rows: _Rows,
+    some: npt.NDArray[np.intp],
+    name: str,
+    places: Places,
+    said: float | None,
+    *,
+    guessed: bool,
+) -> Picks:
+    """Return the picks of some rows, which all lie in the tomogram `name`.
+
+    Where the dialect was guessed, a pick beyond the tomogram shows that the guess was wrong.
+    """
     counts_voxels = places.dialect.frame in ("tomogram", "export")
     size = places.asked.of(name, said if counts_voxels else None)
     place = places.of(name, size, said)
@@ -121,6 +135,15 @@ def _picks(rows: _Rows, some: npt.NDArray[np.intp], name: str, places: Places, s
     if place.said is None and angstrom.any():
         raise lacking(name, places.where, "voxel size", "voxel_size= in Å")
     xyz = place.voxels(rows.coordinates[some] - rows.origins_pixels[some]) - angstrom / place.voxel
+    if guessed and size.shape is not None and (xyz > size.shape[::-1]).any():
+        beyond = int(np.flatnonzero((xyz > size.shape[::-1]).any(axis=1))[0])
+        raise FormatError(
+            f"{places.where} has a pick of tomogram {name} at x, y, z {xyz[beyond].round(1).tolist()}, "
+            f"beyond its {size.shape} voxels (z, y, x)",
+            expected="voxels of the tomogram, or a word on what the coordinates count",
+            remedy='pass format= (--from): "relion4" for unbinned pixels of the tilt series, "relion31" for '
+            "voxels that may lie outside",
+        )
     return Picks(
         zyx=xyz[:, ::-1],
         score=rows.scores[some].astype(np.float32),
@@ -184,6 +207,8 @@ def _dialect_of(particles: Table, triple: tuple[str, str, str], tables: Mapping[
         return "relion31" if "optics" in tables else "relion30"
     if "rlnTomoNumber" in particles.columns and "optics" not in tables:
         return "tomoman"
+    if "optics" not in tables and not _RELION_4.intersection(particles.columns):
+        return "relion31"  # a plain list; voxels is what STAR means here when nobody says more
     raise FormatError(
         f"{particles.place} has rlnCoordinateX beside rlnTomoName: RELION 4 means pixels of the tilt series "
         "there, Warp voxels of its export, other programs voxels of the tomogram",
