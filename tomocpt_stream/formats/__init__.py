@@ -1,9 +1,11 @@
 """Coordinate files in and out: one module a format, chosen by suffix and content or by name.
 
 Each module that is named in `FORMATS` has one or both of
-    read(path, format, asked) -> dict[str, Picks]         format is None where only the suffix is known
+    read(path, format, asked)       format is None where only the suffix is known
+        -> dict[str, Picks] by tomogram, or list[Picks], one for each tomogram and kind of particle
     render(picks, format, asked, name) -> dict[str, bytes]  files by their names beside, or in, `name`
-Names in a file are names: none of them is opened as a path.
+Names in a file are names: none of them is opened as a path. What the functions need is imported in them,
+so that the commands know the formats without loading any.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import importlib
 import os
 import tempfile
+import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -19,27 +22,26 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from tomocpt_stream.errors import FormatError
-from tomocpt_stream.formats.asked import Asked
-from tomocpt_stream.formats.extents import Tomograms, tomogram_extents
-from tomocpt_stream.picks import Picks
-from tomocpt_stream.receipts import get_object, put_object
-from tomocpt_stream.remote import canonical, is_remote, parent
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from tomocpt_stream.formats.asked import Asked
+    from tomocpt_stream.formats.extents import Tomograms
     from tomocpt_stream.frame import Shape
+    from tomocpt_stream.picks import Picks
 
-__all__ = ["FORMATS", "Format", "read_picks", "write_picks"]
+__all__ = ["FORMATS", "Format", "read_kinds", "read_picks", "write_picks"]
 
 Format = str
+SCORES = ".scores.csv"
 
 
 @dataclass(frozen=True)
 class Kind:
     """One format: the module that knows it, the suffixes that mean it, what is done with it.
 
-    `folder` says that it may be a folder of files.
+    `folder` says that it may be a folder of files, `beside` that scores may lie beside a file.
     """
 
     module: str
@@ -47,6 +49,7 @@ class Kind:
     reads: bool = True
     writes: bool = True
     folder: bool = False
+    beside: bool = False
 
 
 FORMATS: dict[Format, Kind] = {
@@ -59,6 +62,12 @@ FORMATS: dict[Format, Kind] = {
     "m": Kind("star", (".star",), writes=False),
     "stopgap": Kind("star", (".star",), writes=False),
     "tomoman": Kind("star", (".star",), writes=False),
+    "csv": Kind("csv_dialects", (".csv",), beside=True),
+    "tsv": Kind("csv_dialects", (".tsv",)),
+    "czii": Kind("csv_dialects", (), beside=True),
+    "tardis": Kind("csv_dialects", (), writes=False),
+    "portal_csv": Kind("csv_dialects", (), folder=True, beside=True),
+    "napari": Kind("napari", ()),
 }
 """Every format by name; where several have a suffix, the first one is what is written without a name."""
 
@@ -75,6 +84,7 @@ def read_picks(  # noqa: PLR0913  (the public signature of the design)
     pixel_size: float | None = None,
     mean_binned: bool = False,
     name_pattern: str | None = None,
+    particle: str | None = None,
     storage_options: Mapping[str, Any] | None = None,
 ) -> dict[str, Picks]:
     """Read the picks of a coordinate file, by tomogram name, in the order of their rows.
@@ -82,10 +92,11 @@ def read_picks(  # noqa: PLR0913  (the public signature of the design)
     `path` may be the address of a file, with `storage_options` as those of `remote.connect`.
     `voxel_size` (Å) and `shape` (z, y, x) are those of the tomogram whose voxels the picks come in;
     `tomograms` gives them by name: a tomograms.star, Warp's .settings or *.tomostar, several of these,
-    or a mapping from names to (shape, voxel_size), Picks or Tomograms. `pixel_size` (Å) is what the
-    file's coordinates count where that is not voxels of the tomogram: the tilt series' pixels, mostly.
-    `mean_binned` and `name_pattern` are those of `Asked`. An argument comes before what the file says.
-    Picks of a file without scores have score 1.
+    or a mapping from names to (shape, voxel_size), Picks or Tomograms; or a Dynamo .doc, which only names
+    tomograms. `pixel_size` (Å) is what the file's coordinates count where that is not voxels of the
+    tomogram: the tilt series' pixels, mostly. `mean_binned` and `name_pattern` are those of `Asked`. An
+    argument comes before what the file says. Picks of a file without scores have score 1. `particle` is
+    the kind of particle that is wanted, of a file that has several.
 
     Raises
     ------
@@ -93,21 +104,52 @@ def read_picks(  # noqa: PLR0913  (the public signature of the design)
         The file is not of a known format, has a row that cannot be read, or does not say something
         that is needed and was not passed.
     """
-    kind = _known(format, path, writing=False)
-    sizes = None if tomograms is None else tomogram_extents(tomograms)
-    asked = Asked(
-        voxel_size,
-        shape,
-        sizes,
-        half_voxel,
-        base_index,
+    asked = _asked(
+        tomograms,
+        voxel_size=voxel_size,
+        shape=shape,
+        half_voxel=half_voxel,
+        base_index=base_index,
         pixel_size=pixel_size,
         mean_binned=mean_binned,
         name_pattern=name_pattern,
     )
-    with _at_hand(path, kind, storage_options) as file:
-        found: dict[str, Picks] = _module(kind).read(file, format, asked)
+    tables = _read(path, format, asked, storage_options)
+    if particle is not None:
+        kinds = sorted({table.particle for table in tables})
+        tables = [table for table in tables if table.particle == particle]
+        if not tables:
+            raise FormatError(
+                f"{path} has no picks of {particle!r}",
+                expected=f"one of its kinds: {', '.join(map(repr, kinds[:20])) or 'none'}",
+                remedy="choose one of them",
+            )
+    found: dict[str, Picks] = {}
+    for table in tables:
+        if found.setdefault(table.tomogram, table) is not table:
+            kinds = [one.particle for one in tables if one.tomogram == table.tomogram]
+            raise FormatError(
+                f"{path} has {len(kinds)} kinds of particles in {table.tomogram}: "
+                f"{', '.join(map(repr, kinds[:20]))}",
+                expected="one kind in each tomogram",
+                remedy="pass particle=, one of them",
+            )
     return found
+
+
+def read_kinds(
+    path: str | Path,
+    *,
+    format: Format | None = None,  # noqa: A002
+    tomograms: Tomograms | None = None,
+    storage_options: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> list[Picks]:
+    """Read all picks of a coordinate file: a table for each tomogram and kind of particle.
+
+    Options and errors are those of `read_picks`.
+    """
+    return _read(path, format, _asked(tomograms, **options), storage_options)
 
 
 def write_picks(  # noqa: PLR0913  (the public signature of the design)
@@ -130,7 +172,8 @@ def write_picks(  # noqa: PLR0913  (the public signature of the design)
     mapping names the tomograms by its keys. A file that is there already is replaced. "relion5"
     needs the size of each tomogram, from its picks or from `tomograms` (see `read_picks`), "relion4" the
     unbinned pixel size of the tilt series, from `pixel_size` (Å) or `tomograms`. `optimisation_set` also
-    writes RELION's optimisation_set.star beside a file whose `tomograms` are a tomograms.star.
+    writes RELION's optimisation_set.star beside a file whose `tomograms` are a tomograms.star. In formats
+    of one tomogram a file, a `path` without the suffix is a folder that gets a file for each.
 
     Raises
     ------
@@ -139,9 +182,8 @@ def write_picks(  # noqa: PLR0913  (the public signature of the design)
     """
     kind = _known(format, path, writing=True)
     named = format or next(name for name, one in FORMATS.items() if one == kind)
-    sizes = None if tomograms is None else tomogram_extents(tomograms)
-    asked = Asked(
-        tomograms=sizes,
+    asked = _asked(
+        tomograms,
         half_voxel=half_voxel,
         base_index=base_index,
         pixel_size=pixel_size,
@@ -155,9 +197,32 @@ def write_picks(  # noqa: PLR0913  (the public signature of the design)
         _put(folder, key, data, storage_options)
 
 
+def _asked(tomograms: Tomograms | None, **options: Any) -> Asked:
+    from tomocpt_stream.formats.asked import Asked
+    from tomocpt_stream.formats.extents import tomogram_extents
+
+    if isinstance(tomograms, str | Path) and Path(tomograms).suffix.lower() == ".doc":
+        from tomocpt_stream.formats.dynamo import read_doc
+
+        return Asked(numbers=read_doc(Path(tomograms)), **options)
+    return Asked(tomograms=None if tomograms is None else tomogram_extents(tomograms), **options)
+
+
+def _read(
+    path: str | Path, name: Format | None, asked: Asked, storage_options: Mapping[str, Any] | None
+) -> list[Picks]:
+    kind = _known(name, path, writing=False)
+    with _at_hand(path, kind, storage_options) as file:
+        found = _module(kind).read(file, name, asked)
+    return list(found.values() if isinstance(found, Mapping) else found)
+
+
 @contextmanager
 def _at_hand(path: str | Path, kind: Kind, storage_options: Mapping[str, Any] | None) -> Iterator[Path]:
     """Yield the path of a file; what lies at an address is fetched, and errors say the address."""
+    from tomocpt_stream.receipts import get_object
+    from tomocpt_stream.remote import is_remote
+
     if not (isinstance(path, str) and is_remote(path)):
         if not (Path(path).is_file() or (kind.folder and Path(path).is_dir())):
             raise FormatError(f"no file {path}", expected="a coordinate file", remedy="check the path")
@@ -169,6 +234,8 @@ def _at_hand(path: str | Path, kind: Kind, storage_options: Mapping[str, Any] | 
     with tempfile.TemporaryDirectory(prefix="tomocpt-stream-") as folder:
         file = Path(folder, _place(path)[1])
         file.write_bytes(data)
+        if kind.beside:
+            _fetch_scores(f"{path}{SCORES}", file, storage_options)
         try:
             yield file
         except FormatError as error:
@@ -176,6 +243,19 @@ def _at_hand(path: str | Path, kind: Kind, storage_options: Mapping[str, Any] | 
                 text.replace(str(file), path) for text in (error.found, error.expected, error.remedy)
             )
             raise FormatError(found, expected=expected, remedy=remedy) from error
+
+
+def _fetch_scores(address: str, file: Path, storage_options: Mapping[str, Any] | None) -> None:
+    """Put the scores that lie beside an address beside the file; a store may refuse what is not there."""
+    from tomocpt_stream.receipts import get_object
+
+    try:
+        scores = get_object(address, storage_options, FormatError)
+    except FormatError as error:
+        warnings.warn(f"read without scores: {error}", stacklevel=5)
+        return
+    if scores is not None:
+        file.with_name(f"{file.name}{SCORES}").write_bytes(scores)
 
 
 def _companion(path: str | Path, tomograms: Tomograms | None) -> tuple[str, str]:
@@ -190,11 +270,9 @@ def _companion(path: str | Path, tomograms: Tomograms | None) -> tuple[str, str]
 
 
 def _named(picks: Picks | Mapping[str, Picks] | Iterable[Picks]) -> list[Picks]:
-    if isinstance(picks, Picks):
-        return [picks]
     if isinstance(picks, Mapping):
         return [replace(table, tomogram=name) for name, table in picks.items()]
-    return list(picks)
+    return list(picks) if isinstance(picks, Iterable) else [picks]
 
 
 def _known(name: Format | None, path: str | Path, *, writing: bool) -> Kind:
@@ -226,6 +304,8 @@ def _module(kind: Kind) -> Any:
 
 
 def _place(path: str | Path) -> tuple[str | Path, str]:
+    from tomocpt_stream.remote import canonical, is_remote, parent
+
     if isinstance(path, str) and is_remote(path):
         return parent(canonical(path))
     return Path(path).parent, Path(path).name
@@ -236,6 +316,8 @@ def _put(
 ) -> None:
     """Store one file, on a disk or on an object store."""
     if isinstance(folder, str):
+        from tomocpt_stream.receipts import put_object
+
         put_object(f"{folder}/{quote(name)}", data, storage_options, FormatError)
         return
     path = folder / name

@@ -12,7 +12,7 @@ from tomocpt_stream.formats.extents import Extent, Listed, with_voxels
 from tomocpt_stream.formats.series_names import series_name
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
     from tomocpt_stream.frame import Shape
 
@@ -27,7 +27,8 @@ class Asked:
     `pixel_size` (Å): what the coordinates of the file count where it is not voxels of the tomogram, the
     tilt series' pixels above all. `mean_binned`: voxel i of a tomogram binned by b is the mean of its
     pixels, at i·b + (b - 1)/2, not at i·b. `name_pattern` is that of `series_name`. `companion`: the
-    files of particles and tomograms that an optimisation_set.star is to name.
+    files of particles and tomograms that an optimisation_set.star is to name. `numbers`: the names of
+    tomograms in a file that has numbers for them.
     """
 
     voxel_size: float | None = None
@@ -40,6 +41,7 @@ class Asked:
     mean_binned: bool = False
     name_pattern: str | None = None
     companion: tuple[str, str] | None = None
+    numbers: Mapping[int, str] | None = None
 
     def __post_init__(self) -> None:
         for name, size in (("voxel_size", self.voxel_size), ("pixel_size", self.pixel_size)):

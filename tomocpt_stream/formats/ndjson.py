@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tomocpt_stream.errors import FormatError
+from tomocpt_stream.formats.gathered import TOLERANCE, are_rotations
 from tomocpt_stream.picks import Picks
 
 if TYPE_CHECKING:
@@ -34,7 +35,6 @@ LONGEST_LINE = 1 << 16
 # More than ten million points; larger files are segmentations that somebody wrote point by point.
 LARGEST_FILE = 1 << 30
 FARTHEST = 1e9
-TOLERANCE = 1e-3
 _BATCH = 1 << 20
 _NUMBERS = {int, float}
 _decode = json.JSONDecoder().raw_decode
@@ -163,10 +163,12 @@ class _Batch:
         """Return (n, 3, 3), each of which turns and does nothing else."""
         matrices = [record.get("xyz_rotation_matrix") for record in self.records]
         found = _matrices(matrices)
-        if found is not None and _turns(found).all():
+        if found is not None and are_rotations(found).all():
             return found
         row = next(
-            row for row, one in enumerate(map(_matrices, zip(matrices))) if one is None or not _turns(one)
+            row
+            for row, one in enumerate(map(_matrices, zip(matrices)))
+            if one is None or not are_rotations(one)
         )
         raise self._wrong(
             row,
@@ -262,14 +264,6 @@ def _matrices(found: Sequence[Any]) -> npt.NDArray[np.float64] | None:
     if not all(map(_square, found)):
         return None
     return _numbers([value for matrix in found for row in matrix for value in row], (3, 3))
-
-
-def _turns(matrices: npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:
-    # No element of a rotation is above one; larger ones could overflow in the product.
-    small = np.asarray((np.abs(matrices) < 2).all(axis=(1, 2)))
-    safe = np.where(small[:, None, None], matrices, 0)
-    off = np.abs(safe @ safe.transpose(0, 2, 1) - np.eye(3)).max(axis=(1, 2), initial=0)
-    return np.asarray((off <= TOLERANCE) & (np.linalg.det(safe) > 0))
 
 
 def _square(matrix: Any) -> bool:
