@@ -68,6 +68,8 @@ FORMATS: dict[Format, Kind] = {
     "tardis": Kind("csv_dialects", (), writes=False),
     "portal_csv": Kind("csv_dialects", (), folder=True, beside=True),
     "napari": Kind("napari", ()),
+    "coords": Kind("coords", (".coords",), folder=True),
+    "deepetpicker": Kind("coords", (), folder=True),
 }
 """Every format by name; where several have a suffix, the first one is what is written without a name."""
 
