@@ -62,14 +62,16 @@ FORMATS: dict[Format, Kind] = {
     "m": Kind("star", (".star",), writes=False),
     "stopgap": Kind("star", (".star",), writes=False),
     "tomoman": Kind("star", (".star",), writes=False),
+    "imod": Kind("imod", (".mod",), folder=True),
+    "imod_slicer": Kind("imod", (), writes=False, folder=True),
     "csv": Kind("csv_dialects", (".csv",), beside=True),
     "tsv": Kind("csv_dialects", (".tsv",)),
     "czii": Kind("csv_dialects", (), beside=True),
     "tardis": Kind("csv_dialects", (), writes=False),
     "portal_csv": Kind("csv_dialects", (), folder=True, beside=True),
     "napari": Kind("napari", ()),
-    "coords": Kind("coords", (".coords",), folder=True),
-    "deepetpicker": Kind("coords", (), folder=True),
+    "coords": Kind("coords", (".coords",), folder=True, beside=True),
+    "deepetpicker": Kind("coords", (), folder=True, beside=True),
 }
 """Every format by name; where several have a suffix, the first one is what is written without a name."""
 
