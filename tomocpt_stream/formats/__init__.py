@@ -64,6 +64,7 @@ FORMATS: dict[Format, Kind] = {
     "tomoman": Kind("star", (".star",), writes=False),
     "imod": Kind("imod", (".mod",), folder=True),
     "imod_slicer": Kind("imod", (), writes=False, folder=True),
+    "copick": Kind("copick", (".json",), folder=True),
     "csv": Kind("csv_dialects", (".csv",), beside=True),
     "tsv": Kind("csv_dialects", (".tsv",)),
     "czii": Kind("csv_dialects", (), beside=True),
