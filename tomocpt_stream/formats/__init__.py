@@ -65,6 +65,7 @@ FORMATS: dict[Format, Kind] = {
     "imod": Kind("imod", (".mod",), folder=True),
     "imod_slicer": Kind("imod", (), writes=False, folder=True),
     "copick": Kind("copick", (".json",), folder=True),
+    "ndjson": Kind("portal_points", (".ndjson",), folder=True, beside=True),
     "csv": Kind("csv_dialects", (".csv",), beside=True),
     "tsv": Kind("csv_dialects", (".tsv",)),
     "czii": Kind("csv_dialects", (), beside=True),
