@@ -72,6 +72,7 @@ FORMATS: dict[Format, Kind] = {
     "tardis": Kind("csv_dialects", (), writes=False),
     "portal_csv": Kind("csv_dialects", (), folder=True, beside=True),
     "napari": Kind("napari", ()),
+    "dynamo": Kind("dynamo", (".tbl",), writes=False),
     "coords": Kind("coords", (".coords",), folder=True, beside=True),
     "deepetpicker": Kind("coords", (), folder=True, beside=True),
 }
