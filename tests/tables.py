@@ -21,6 +21,8 @@ SHAPE = (184, 630, 631)
 VOXEL_SIZE = 10.012
 BOTH = [name for name, kind in FORMATS.items() if kind.reads and kind.writes]
 OPTIONS: dict[str, Any] = {"voxel_size": VOXEL_SIZE, "shape": SHAPE}
+# What some formats want to know beside, of picks to write and of a file to read.
+ASKED: dict[str, dict[str, Any]] = {"relion4": {"pixel_size": 1.35}, "relion5-picker": {"pixel_size": 1.35}}
 
 
 def some_picks(n: int = 20, seed: int = 0, *, turned: bool = False, **changes: Any) -> Picks:
