@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from tomocpt_stream.convert_command import convert
 from tomocpt_stream.errors import ActionableError
 from tomocpt_stream.portal_commands import portal
 from tomocpt_stream.request import PickRequest, pick_all, storage_option
@@ -195,6 +196,7 @@ def pick_command(**settings: Any) -> None:
 
 
 main.add_command(portal)
+main.add_command(convert)
 
 
 @main.command("inspect", short_help="Say what a tomogram is and what picking costs.")
