@@ -26,7 +26,7 @@ from zarr.storage import LocalStore, MemoryStore
 
 from tests.mrc_writer import write_mrc
 from tests.scorers import SMALL, Identity, PlaceDependent
-from tomocpt_stream import lazy, sweep
+from tomocpt_stream import lazy, scan
 from tomocpt_stream.blocks import plan_blocks
 from tomocpt_stream.errors import BrokenSourceError, PlanError, SourceError
 from tomocpt_stream.heatmap import Heatmap, PickOptions, open_heatmap, predict
@@ -277,7 +277,7 @@ def test_one_chunk_is_scored_while_one_other_reads_ahead() -> None:
             return super().score(batch)
 
     array = np.random.default_rng(0).normal(size=(10, 20, 320)).astype(np.float32)  # one row of windows
-    with patch.object(sweep, "Rows", Counted):
+    with patch.object(scan, "Rows", Counted):
         on_threads(heatmap_lazy(in_memory(array), Waiting(), OPTIONS))
     assert two.is_set()
     assert most == 2

@@ -19,10 +19,10 @@ from tomocpt_stream.decoded import DECODED
 from tomocpt_stream.errors import PlanError
 from tomocpt_stream.patience import PatientStore
 from tomocpt_stream.receipts import read_json
+from tomocpt_stream.scan import Turns
 from tomocpt_stream.scoremap import member
 from tomocpt_stream.scoring import Work
 from tomocpt_stream.stages import Here, residents
-from tomocpt_stream.sweep import Turns
 from tomocpt_stream.volume import open_volume
 from tomocpt_stream.voxels import shared
 

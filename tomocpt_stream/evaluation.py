@@ -1,7 +1,7 @@
 """How well picks agree with a truth: one-to-one pairs, counts, precision, recall, distances.
 
 Pairs are assigned, not taken greedily: as many as possible within the tolerance and, among the ways
-to do that, the one of least total distance. What no pair can connect is assigned apart.
+to do that, the one of least total distance.
 """
 
 from __future__ import annotations
@@ -11,16 +11,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-from scipy.optimize import linear_sum_assignment
-from scipy.sparse import coo_array, csr_array, hstack
-from scipy.sparse.csgraph import connected_components, min_weight_full_bipartite_matching
 from scipy.spatial import cKDTree
 
 from tomocpt_stream.errors import PlanError, SourceError
+from tomocpt_stream.pairing import Edges, best_pairs
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from tomocpt_stream.frame import Points
     from tomocpt_stream.picks import Picks
 
@@ -28,7 +24,7 @@ Indices = npt.NDArray[np.intp]
 Distances = npt.NDArray[np.float64]
 
 _SLACK = 1e-9  # of the tolerance: a pair at exactly the tolerance must not fail by rounding
-_DENSE = 1 << 22  # entries of the largest matrix of costs that is made
+_MOST_EDGES = 20_000_000  # of which each takes about 100 bytes
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,7 +99,7 @@ def match(picks: Picks, truth: Picks, *, tolerance: float) -> Match:
     SourceError
         One side has a voxel size and the other has none.
     PlanError
-        The tolerance is negative or not finite.
+        The tolerance is negative or not finite, or more than 20 million pairs are within it.
     """
     if not (np.isfinite(tolerance) and tolerance >= 0):
         raise PlanError(
@@ -112,11 +108,10 @@ def match(picks: Picks, truth: Picks, *, tolerance: float) -> Match:
             remedy="half the particle's diameter is usual",
         )
     left, right = _positions(picks, truth)
-    rows, columns, distances = _near(left, right, tolerance * (1 + _SLACK))
-    chosen = _assign(rows, columns, distances, len(left), len(right))
-    chosen = chosen[np.argsort(rows[chosen])]
-    pairs = np.stack([rows[chosen], columns[chosen]], axis=1)
-    return Match(pairs, distances[chosen], len(left), len(right))
+    edges = _near(left, right, tolerance * (1 + _SLACK))
+    chosen = best_pairs(edges)
+    pairs = np.stack([edges.rows[chosen], edges.columns[chosen]], axis=1)
+    return Match(pairs, edges.lengths[chosen], len(left), len(right))
 
 
 def _positions(picks: Picks, truth: Picks) -> tuple[Points, Points]:
@@ -133,54 +128,18 @@ def _positions(picks: Picks, truth: Picks) -> tuple[Points, Points]:
     return picks.angstrom(), truth.angstrom()
 
 
-def _near(left: Points, right: Points, tolerance: float) -> tuple[Indices, Indices, Distances]:
-    """Return the rows, columns and lengths of all pairs within the tolerance, by rows and columns."""
+def _near(left: Points, right: Points, tolerance: float) -> Edges:
+    """Return all pairs within the tolerance."""
     if not len(left) or not len(right):
-        return np.zeros(0, np.intp), np.zeros(0, np.intp), np.zeros(0)
-    found = cKDTree(left).sparse_distance_matrix(cKDTree(right), tolerance, output_type="ndarray")
+        return Edges(np.zeros(0, np.intp), np.zeros(0, np.intp), np.zeros(0), (len(left), len(right)))
+    one, other = cKDTree(left), cKDTree(right)
+    if (count := int(one.count_neighbors(other, tolerance))) > _MOST_EDGES:
+        raise PlanError(
+            f"{count:,} pairs of {len(left):,} picks and {len(right):,} particles within {tolerance:g}",
+            expected=f"at most {_MOST_EDGES:,}: particles that stand at least a tolerance apart",
+            remedy="check the tolerance (Å) and the voxel sizes of both sides",
+        )
+    found = one.sparse_distance_matrix(other, tolerance, output_type="ndarray")
     found = found[np.lexsort((found["j"], found["i"]))]
-    return found["i"].astype(np.intp), found["j"].astype(np.intp), found["v"].astype(np.float64)
-
-
-def _assign(rows: Indices, columns: Indices, distances: Distances, left: int, right: int) -> Indices:
-    """Return which of the possible pairs are made."""
-    single_row, single_column = np.bincount(rows) == 1, np.bincount(columns) == 1
-    alone = single_row[rows] & single_column[columns]
-    chosen = [np.flatnonzero(alone)]
-    rest = np.flatnonzero(~alone)
-    for edges in _components(rows[rest], columns[rest] + left, left + right):
-        members = rest[edges]
-        chosen.append(members[_best(rows[members], columns[members], distances[members])])
-    return np.concatenate(chosen)
-
-
-def _components(rows: Indices, columns: Indices, nodes: int) -> Iterator[Indices]:
-    """Yield the edges of each connected part of a graph."""
-    graph = coo_array((np.ones(len(rows), dtype=bool), (rows, columns)), shape=(nodes, nodes))
-    _, labels = connected_components(graph, directed=False)
-    order = np.argsort(labels[rows], kind="stable")
-    ends = np.flatnonzero(np.diff(labels[rows][order], append=-1)) + 1
-    start = 0
-    for end in ends:
-        yield order[start:end]
-        start = int(end)
-
-
-def _best(rows: Indices, columns: Indices, distances: Distances) -> Indices:
-    """Return which edges of one connected part are taken: most first, then least total distance."""
-    left, i = np.unique(rows, return_inverse=True)
-    right, j = np.unique(columns, return_inverse=True)
-    # A missing pair costs more than all distances together, so that none is left out to save length.
-    apart = distances.max() * (min(len(left), len(right)) + 1) + 1.0
-    if len(left) * len(right) <= _DENSE:
-        costs = np.full((len(left), len(right)), apart)
-        costs[i, j] = distances
-        a, b = linear_sum_assignment(costs)
-    else:
-        # Each row may also take a column of its own, at the price of a missing pair. Edges must not be 0.
-        near = csr_array((distances + 1.0, (i, j)), shape=(len(left), len(right)))
-        own = csr_array((np.full(len(left), apart + 1.0), (np.arange(len(left)),) * 2))
-        a, b = min_weight_full_bipartite_matching(hstack([near, own], format="csr"))
-    partner = np.full(len(left), -1)
-    partner[a] = b
-    return np.flatnonzero(partner[i] == j)
+    rows, columns = found["i"].astype(np.intp), found["j"].astype(np.intp)
+    return Edges(rows, columns, found["v"].astype(np.float64), (len(left), len(right)))

@@ -31,8 +31,8 @@ from tomocpt_stream.heatmap import PickOptions, Scorer, is_negated
 from tomocpt_stream.mask import MaskLike, open_mask
 from tomocpt_stream.pipeline import VOLUME, level_for, plan_pick, scratch_folder
 from tomocpt_stream.receipts import as_store, config_hash, within
+from tomocpt_stream.scan import Scoring, Turns, score_chunk
 from tomocpt_stream.stages import residents
-from tomocpt_stream.sweep import Scoring, Turns, score_chunk
 from tomocpt_stream.volume import ingest, open_volume
 
 if TYPE_CHECKING:

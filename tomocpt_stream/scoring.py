@@ -20,7 +20,7 @@ from tomocpt_stream.circumstances import circumstances
 from tomocpt_stream.duplicates import compare, sha256
 from tomocpt_stream.peaks import CANDIDATE, MAX_CANDIDATES, REACH, flood, scan_block
 from tomocpt_stream.receipts import Receipts, write_bytes
-from tomocpt_stream.sweep import Scoring, Sweep, value_range
+from tomocpt_stream.scan import Scoring, Sweep, value_range
 
 if TYPE_CHECKING:
     from concurrent.futures import Future

@@ -16,9 +16,9 @@ from zarr.storage import MemoryStore
 from tests.cuts import plans
 from tests.scorers import SMALL, PlaceDependent
 from tomocpt_stream.heatmap import Heatmap, PickOptions, predict
+from tomocpt_stream.scan import Batches, Scoring, Sweep, Turns
 from tomocpt_stream.scoring import _Layers
 from tomocpt_stream.stitch import Stitcher
-from tomocpt_stream.sweep import Batches, Scoring, Sweep, Turns
 from tomocpt_stream.threads import run_in_threads
 from tomocpt_stream.tomogram import open_tomogram
 from tomocpt_stream.volume import Volume, ingest
@@ -136,7 +136,7 @@ def test_one_computes_and_one_reads_ahead(
                     overlapped.wait(5)  # the next row, or the next task's first, is read meanwhile
                 return super().score(batch)
 
-    monkeypatch.setattr("tomocpt_stream.sweep.Rows", Counted)
+    monkeypatch.setattr("tomocpt_stream.scan.Rows", Counted)
     heatmap = predict_in_two_threads(volume, monkeypatch, Exclusive())
     assert contents(heatmap) == expected
     assert overlapped.is_set()
