@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tomocpt_stream.errors import PlanError, SourceError
-from tomocpt_stream.evaluation import match
+from tomocpt_stream.evaluation import evaluate, match
 from tomocpt_stream.picks import Picks
 
 if TYPE_CHECKING:
@@ -159,3 +159,48 @@ def test_a_crowd_without_sense_is_refused_before_memory_is_spent() -> None:
     crowd = _picks(np.random.default_rng(0).uniform(0, 1, (5000, 3)))
     with pytest.raises(PlanError, match="25,000,000 pairs of"):
         match(crowd, crowd, tolerance=1000)
+
+
+def _named(**x: tuple[float, ...]) -> dict[str, Picks]:
+    return {name: replace(_line(*places), tomogram=name) for name, places in x.items()}
+
+
+def test_tomograms_are_matched_by_name_and_pooled() -> None:
+    picks = _named(b=(0, 50), a=(1, 30, 70), only_picked=(3,))
+    truth = _named(a=(0, 31, 90), b=(53,), only_true=(5, 6))
+    found = evaluate(picks, truth, tolerance=30)
+    assert list(found.matches) == ["a", "b", "only_true"]
+    assert (found.without_picks, found.without_truth) == (("only_true",), ("only_picked",))
+    assert (found.matches["a"].tp, found.matches["a"].fp, found.matches["a"].fn) == (2, 1, 1)
+    assert (found.matches["only_true"].tp, found.matches["only_true"].fn) == (0, 2)
+    pooled = found.pooled
+    assert (pooled.tp, pooled.fp, pooled.fn) == (3, 2, 3)
+    assert pooled.pairs.tolist() == [[0, 0], [1, 1], [4, 3]]
+    assert pooled.mean_distance == pytest.approx((10 + 10 + 30) / 3)
+    assert pooled.rmse == pytest.approx(np.sqrt((100 + 100 + 900) / 3))
+
+
+def test_single_tables_belong_together_whatever_their_names() -> None:
+    picks, truth = replace(_line(0), tomogram="rec_a"), replace(_line(1), tomogram="a")
+    assert evaluate(picks, truth, tolerance=10).pooled.tp == 1
+    with pytest.raises(SourceError, match="single table"):
+        evaluate({"a": picks}, truth, tolerance=10)
+
+
+def test_sides_without_a_common_name_are_refused_and_listed() -> None:
+    with pytest.raises(SourceError, match=r"picks of rec_a, rec_b and truth of a: no tomogram has both"):
+        evaluate(_named(rec_a=(0,), rec_b=(0,)), _named(a=(0,)), tolerance=10)
+    with pytest.raises(SourceError, match=r"picks of nothing and truth of .*t9 and 2 more"):
+        evaluate({}, _named(**{f"t{i}": (0,) for i in range(12)}), tolerance=10)
+
+
+def test_a_mask_restricts_both_sides() -> None:
+    mask = np.zeros((4, 4, 10), dtype=np.float32)
+    mask[:, :, :5] = 1
+    shape = (8, 8, 20)
+    picks = replace(_picks([(1, 1, 2), (1, 1, 8.4), (1, 1, 8.6), (1, 1, 19)]), shape=shape, tomogram="a")
+    truth = replace(_picks([(1, 1, 3), (1, 1, 18)]), shape=shape, tomogram="a")
+    found = evaluate({"a": picks}, {"a": truth}, tolerance=20, mask={"a": mask}).pooled
+    assert (found.tp, found.fp, found.fn) == (1, 1, 0)
+    with pytest.raises(SourceError, match="no mask of a"):
+        evaluate({"a": picks}, {"a": truth}, tolerance=20, mask={"b": mask})

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pickle
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import mrcfile
@@ -11,7 +12,9 @@ from zarr.storage import LocalStore
 
 from tomocpt_stream.errors import SourceError
 from tomocpt_stream.frame import Frame, working_grid
-from tomocpt_stream.mask import Mask, open_mask
+from tomocpt_stream.mask import Mask, inside, open_mask
+from tomocpt_stream.phantom import write_mrc
+from tomocpt_stream.picks import Picks
 from tomocpt_stream.tomogram import Tomogram, open_tomogram
 
 if TYPE_CHECKING:
@@ -168,3 +171,33 @@ def test_reading_in_pieces_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> N
             masks.append((mask.inside(whole), mask.spanned(whole)))
         np.testing.assert_array_equal(masks[0][0], masks[1][0])
         np.testing.assert_array_equal(masks[0][1], masks[1][1])
+
+
+def test_picks_are_asked_one_by_one_by_the_nearest_voxel(tmp_path: Path) -> None:
+    rng = np.random.default_rng(8)
+    volume = rng.random((5, 6, 7)) < 0.5
+    path = tmp_path / "mask.mrc"
+    write_mrc(path, volume.astype(np.float32), 20.0)
+    zyx = rng.uniform(-0.4, (9.4, 11.4, 13.4), (300, 3))
+    picks = Picks(zyx, np.ones(300, np.float32), voxel_size=10.0)
+    z, y, x = np.floor(np.floor(zyx + 0.5) * 10 / 20 + 0.5).clip(0, (4, 5, 6)).astype(int).T
+    expected = volume[z, y, x]
+    for shape in (None, (10, 12, 14)):
+        for size in (4_000_000, 200):  # read at once, or in pieces of one plane
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr("tomocpt_stream.mask._PIECE", size)
+                np.testing.assert_array_equal(inside(replace(picks, shape=shape), path), expected)
+    outside = replace(picks, zyx=np.tile([[-1.0, 3.0, 3.0], [3.0, 3.0, 14.0], [3.0, 3.0, 3.0]], (100, 1)))
+    assert not inside(replace(outside, shape=(10, 12, 14)), np.ones((10, 12, 14)))[:2].any()
+    assert len(inside(picks.take(np.zeros(0, np.intp)), path)) == 0
+
+
+def test_masks_that_do_not_fit_picks_are_refused(tmp_path: Path) -> None:
+    picks = Picks(np.full((4, 3), 30.0), np.ones(4, np.float32), voxel_size=10.0, tomogram="a")
+    with pytest.raises(SourceError, match="without a voxel size"):
+        inside(replace(picks, voxel_size=None), np.ones((9, 9, 9)))
+    path = tmp_path / "mask.mrc"
+    write_mrc(path, np.ones((50, 50, 50), np.float32), 1.0)  # a header that nobody filled in
+    with pytest.raises(SourceError, match="4 of 4 picks lie beyond the mask, which spans 5 x 5 x 5"):
+        inside(picks, path)
+    assert inside(replace(picks, shape=(50, 50, 50)), path).all()

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from tomocpt_stream.blocks import Task as Task
     from tomocpt_stream.blocks import Window as Window
     from tomocpt_stream.blocks import plan_blocks as plan_blocks
+    from tomocpt_stream.curves import sweep as sweep
     from tomocpt_stream.errors import ActionableError as ActionableError
     from tomocpt_stream.errors import CheckpointError as CheckpointError
     from tomocpt_stream.errors import FormatError as FormatError
@@ -23,7 +24,9 @@ if TYPE_CHECKING:
     from tomocpt_stream.errors import PlanError as PlanError
     from tomocpt_stream.errors import PortalError as PortalError
     from tomocpt_stream.errors import SourceError as SourceError
+    from tomocpt_stream.evaluation import Evaluation as Evaluation
     from tomocpt_stream.evaluation import Match as Match
+    from tomocpt_stream.evaluation import evaluate as evaluate
     from tomocpt_stream.evaluation import match as match
     from tomocpt_stream.formats import read_picks as read_picks
     from tomocpt_stream.formats import write_picks as write_picks
@@ -57,7 +60,8 @@ _HOME = {
         "PortalError",
         "SourceError",
     ),
-    "evaluation": ("Match", "match"),
+    "curves": ("sweep",),
+    "evaluation": ("Evaluation", "Match", "evaluate", "match"),
     "formats": ("read_picks", "write_picks"),
     "heatmap": ("Heatmap", "PickOptions", "open_heatmap", "predict"),
     "lazy": ("heatmap_lazy",),

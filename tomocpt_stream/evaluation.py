@@ -1,11 +1,12 @@
 """How well picks agree with a truth: one-to-one pairs, counts, precision, recall, distances.
 
 Pairs are assigned, not taken greedily: as many as possible within the tolerance and, among the ways
-to do that, the one of least total distance.
+to do that, the one of least total distance. Tomograms belong together by their names.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -14,16 +15,21 @@ import numpy.typing as npt
 from scipy.spatial import cKDTree
 
 from tomocpt_stream.errors import PlanError, SourceError
+from tomocpt_stream.mask import inside
 from tomocpt_stream.pairing import Edges, best_pairs
+from tomocpt_stream.picks import Picks
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from tomocpt_stream.frame import Points
-    from tomocpt_stream.picks import Picks
+    from tomocpt_stream.mask import MaskLike
 
 Indices = npt.NDArray[np.intp]
 Distances = npt.NDArray[np.float64]
 
 _SLACK = 1e-9  # of the tolerance: a pair at exactly the tolerance must not fail by rounding
+_NAMED = 10  # tomograms that an error lists
 _MOST_EDGES = 20_000_000  # of which each takes about 100 bytes
 
 
@@ -101,6 +107,14 @@ def match(picks: Picks, truth: Picks, *, tolerance: float) -> Match:
     PlanError
         The tolerance is negative or not finite, or more than 20 million pairs are within it.
     """
+    edges = edges_within(picks, truth, tolerance)
+    chosen = best_pairs(edges)
+    pairs = np.stack([edges.rows[chosen], edges.columns[chosen]], axis=1)
+    return Match(pairs, edges.lengths[chosen], len(picks), len(truth))
+
+
+def edges_within(picks: Picks, truth: Picks, tolerance: float) -> Edges:
+    """Return all pairs of picks and true particles at most `tolerance` (Å) apart; raise as `match` does."""
     if not (np.isfinite(tolerance) and tolerance >= 0):
         raise PlanError(
             f"a tolerance of {tolerance}",
@@ -108,10 +122,114 @@ def match(picks: Picks, truth: Picks, *, tolerance: float) -> Match:
             remedy="half the particle's diameter is usual",
         )
     left, right = _positions(picks, truth)
-    edges = _near(left, right, tolerance * (1 + _SLACK))
-    chosen = best_pairs(edges)
-    pairs = np.stack([edges.rows[chosen], edges.columns[chosen]], axis=1)
-    return Match(pairs, edges.lengths[chosen], len(left), len(right))
+    return _near(left, right, tolerance * (1 + _SLACK))
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """How well the picks of some tomograms agree with their truth.
+
+    `matches` holds each tomogram that has a truth. `without_picks` names those whose particles all
+    count as missed because nothing was picked there; `without_truth` those whose picks count neither
+    way, because nobody says what is in them.
+    """
+
+    matches: dict[str, Match]
+    without_picks: tuple[str, ...]
+    without_truth: tuple[str, ...]
+
+    @property
+    def pooled(self) -> Match:
+        """All tomograms as one: `pairs` are rows of their tables laid one after the other."""
+        matches = list(self.matches.values())
+        ends = np.cumsum([(0, 0), *((one.picks, one.truth) for one in matches)], axis=0)
+        pairs = [one.pairs + start for one, start in zip(matches, ends[:-1], strict=True)]
+        distances = np.concatenate([one.distances for one in matches])
+        return Match(np.concatenate(pairs), distances, int(ends[-1, 0]), int(ends[-1, 1]))
+
+
+@dataclass(frozen=True, eq=False)
+class Together:
+    """The picks and the truth of each tomogram that has a truth, and the names that only one side has."""
+
+    tables: dict[str, tuple[Picks, Picks]]
+    without_picks: tuple[str, ...]
+    without_truth: tuple[str, ...]
+
+
+def evaluate(
+    picks: Picks | Mapping[str, Picks],
+    truth: Picks | Mapping[str, Picks],
+    *,
+    tolerance: float,
+    mask: MaskLike | Mapping[str, MaskLike] | None = None,
+) -> Evaluation:
+    """Match the picks of several tomograms with their truth, tomogram by tomogram (see `match`).
+
+    `picks` and `truth` map names of tomograms to tables. Tomograms without truth are left out, those
+    without picks are missed whole; both are named. With `mask` (one, or one for each tomogram that has
+    a truth) picks and particles outside are left out first, on both sides.
+
+    Raises SourceError where no tomogram has both, and where a mask is missing or does not fit.
+    """
+    joined = together(picks, truth, mask=mask)
+    matches = {name: match(some, true, tolerance=tolerance) for name, (some, true) in joined.tables.items()}
+    return Evaluation(matches, joined.without_picks, joined.without_truth)
+
+
+def together(
+    picks: Picks | Mapping[str, Picks],
+    truth: Picks | Mapping[str, Picks],
+    *,
+    mask: MaskLike | Mapping[str, MaskLike] | None = None,
+) -> Together:
+    """Bring picks and truth of the same tomograms together (see `evaluate`).
+
+    Two single tables belong together whatever their names.
+    """
+    if isinstance(picks, Picks) and isinstance(truth, Picks):
+        picks, truth = {truth.tomogram: picks}, {truth.tomogram: truth}
+    if isinstance(picks, Picks) or isinstance(truth, Picks):
+        raise SourceError(
+            "a single table on one side and a mapping of tomograms on the other",
+            expected="two tables, or two mappings from names to tables",
+            remedy="pass {name: table}",
+        )
+    if not picks.keys() & truth.keys():
+        raise SourceError(
+            f"picks of {_listed(picks)} and truth of {_listed(truth)}: no tomogram has both",
+            expected="tomograms of the same names on both sides",
+            remedy="rename them on one side",
+        )
+    tables = {name: (picks.get(name, true.take(np.zeros(0, np.intp))), true) for name, true in truth.items()}
+    if mask is not None:
+        tables = {
+            name: (some.take(inside(some, one)), true.take(inside(true, one)))
+            for (name, (some, true)), one in zip(tables.items(), _masks(mask, list(tables)), strict=True)
+        }
+    return Together(
+        tables,
+        tuple(name for name in truth if name not in picks),
+        tuple(name for name in picks if name not in truth),
+    )
+
+
+def _masks(mask: MaskLike | Mapping[str, MaskLike], names: list[str]) -> list[MaskLike]:
+    if not isinstance(mask, Mapping):
+        return [mask] * len(names)
+    if missing := [name for name in names if name not in mask]:
+        raise SourceError(
+            f"no mask of {_listed(missing)}",
+            expected="one mask for each tomogram that has a truth",
+            remedy="add it, or leave the tomogram out",
+        )
+    return [mask[name] for name in names]
+
+
+def _listed(names: Iterable[str]) -> str:
+    found = list(names)
+    more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
+    return ", ".join(name or "a tomogram without a name" for name in found[:_NAMED]) + more or "nothing"
 
 
 def _positions(picks: Picks, truth: Picks) -> tuple[Points, Points]:

@@ -12,6 +12,7 @@ import zarr
 from zarr.errors import ContainsArrayError
 
 from tomocpt_stream.errors import SourceError
+from tomocpt_stream.frame import Frame, working_grid
 from tomocpt_stream.omezarr import as_voxels
 from tomocpt_stream.tiles import CHUNK, cut, whole
 from tomocpt_stream.tomogram import Tomogram, open_tomogram
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
     from zarr.abc.store import Store
 
     from tomocpt_stream.blocks import Span
-    from tomocpt_stream.frame import Box, Frame, Grid
+    from tomocpt_stream.frame import Box, Grid, Shape
+    from tomocpt_stream.picks import Picks
 
 MaskLike: TypeAlias = str | Path | Tomogram | Any
 
@@ -173,6 +175,56 @@ def open_mask(
             remedy="give a mask of this tomogram, or correct the voxel size in its header",
         )
     return Mask(tomogram, frame, grid, own.file_voxel_size)
+
+
+def inside(picks: Picks, mask: MaskLike) -> npt.NDArray[np.bool_]:
+    """Return which picks lie in a mask, each by the voxel of its tomogram nearest to it.
+
+    Picks that do not say the shape of their tomogram are taken to have the mask's extent; picks
+    outside the tomogram are outside the mask.
+
+    Raises SourceError where the picks have no voxel size or the mask does not fit their tomogram.
+    """
+    voxel_size = picks.voxel_size
+    if voxel_size is None:
+        raise SourceError(
+            f"picks of {picks.tomogram or 'a tomogram'} without a voxel size, and a mask",
+            expected="the voxel size of their tomogram in Å",
+            remedy="pass voxel_size= where they are read",
+        )
+    shape = picks.shape or _shape_under(mask, voxel_size)
+    frame = Frame(shape, voxel_size, shape, voxel_size)
+    opened = open_mask(mask, frame, working_grid(shape, voxel_size, voxel_size))
+    nearest = np.floor(picks.zyx + 0.5)
+    found = np.asarray(((nearest >= 0) & (nearest < shape)).all(axis=1))
+    if picks.shape is None and 2 * found.sum() < len(found):
+        raise SourceError(
+            f"{len(found) - found.sum()} of {len(found)} picks lie beyond the mask, which spans "
+            f"{' x '.join(str(n) for n in shape)} (zyx) of their voxels of {voxel_size:g} Å",
+            expected="a mask of their tomogram, with its voxel size in its header",
+            remedy="correct the header, or give the picks their tomogram's shape",
+        )
+    rows = np.flatnonzero(found)
+    rows = rows[np.argsort(nearest[rows, 0], kind="stable")]
+    z, y, x = nearest[rows].astype(np.intp).T
+    planes = max(1, _PIECE // (shape[1] * shape[2]))
+    for some in np.split(np.arange(len(rows)), np.flatnonzero(np.diff(z // planes)) + 1):
+        if len(some):
+            low, high = int(z[some[0]]), int(z[some[-1]]) + 1
+            marks = opened.inside(((low, high), (0, shape[1]), (0, shape[2])))
+            found[rows[some]] = marks[z[some] - low, y[some], x[some]]
+    return found
+
+
+def _shape_under(mask: MaskLike, voxel_size: float) -> Shape:
+    """Return the shape that a tomogram of this voxel size has under a mask that says its own."""
+    if not isinstance(mask, str | Path | Tomogram):
+        return tuple(mask.shape)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        own = mask if isinstance(mask, Tomogram) else open_tomogram(mask, missing="fill")
+    z, y, x = (max(1, round(n * own.voxel_size / voxel_size)) for n in own.shape)
+    return (z, y, x)
 
 
 def _as_tomogram(mask: MaskLike, frame: Frame, storage_options: Mapping[str, Any] | None) -> Tomogram:
