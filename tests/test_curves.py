@@ -146,6 +146,8 @@ def test_what_makes_no_sense_is_refused() -> None:
             sweep(_line([0]), _line([0]), tolerance=1, thresholds=wrong)
     with pytest.raises(SourceError, match="1 picks with a score that is not a number"):
         rank(_line([0, 1], [0.5, float("nan")]), _line([0]), tolerance=1)
+    with pytest.raises(PlanError, match="beta nan"):
+        sweep(_line([0]), _line([0]), tolerance=1, beta=float("nan"))
     with pytest.raises(PlanError, match="tolerance"):
         sweep(_line([0]), _line([0]), tolerance=-1)
 

@@ -8,12 +8,14 @@ from typing import Any
 import matplotlib.image
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 import pytest
 from matplotlib.collections import EllipseCollection
 from matplotlib.figure import Figure
 
 from tomocpt_stream import report
 from tomocpt_stream.errors import SourceError
+from tomocpt_stream.evaluation import Match
 from tomocpt_stream.picks import Picks
 from tomocpt_stream.tomogram import Tomogram, open_tomogram
 
@@ -202,3 +204,19 @@ def test_a_diameter_that_is_no_length_is_refused(diameter: float, tmp_path: Path
     with pytest.raises(SourceError, match="diameter"):
         report.draw_size(tomogram(), diameter, tmp_path / "a.png")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_curve_is_drawn_whatever_its_length(tmp_path: Path) -> None:
+    match = Match(np.array([[0, 0]]), np.array([3.0]), 2, 2)
+    for rows in (0, 1, 7, 500):
+        ramp = np.linspace(0, 1, rows)
+        columns = {"threshold": ramp, "picks": np.arange(rows), "precision": ramp, "recall": 1 - ramp}
+        columns["fbeta"] = ramp
+        at = 0.5 if rows else None
+        path = report.draw_curve(
+            pd.DataFrame(columns), tmp_path / "a" / "curve.png", match=match, title="$x", at=at
+        )
+        pixels = matplotlib.image.imread(path)[..., :3] * 255
+        orange = (np.abs(pixels - (0xD5, 0x5E, 0x00)).sum(axis=2) < 30).sum()
+        assert orange > 100  # the mark of the match, and F where there is a curve
+    assert [entry.name for entry in (tmp_path / "a").iterdir()] == ["curve.png"]

@@ -13,6 +13,7 @@ import click
 
 from tomocpt_stream.convert_command import convert
 from tomocpt_stream.errors import ActionableError
+from tomocpt_stream.evaluate_command import evaluate_command
 from tomocpt_stream.portal_commands import portal
 from tomocpt_stream.request import PickRequest, pick_all, storage_option
 from tomocpt_stream.terminal import (
@@ -197,6 +198,7 @@ def pick_command(**settings: Any) -> None:
 
 main.add_command(portal)
 main.add_command(convert)
+main.add_command(evaluate_command)
 
 
 @main.command("inspect", short_help="Say what a tomogram is and what picking costs.")

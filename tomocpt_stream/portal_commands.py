@@ -5,20 +5,17 @@ from __future__ import annotations
 import csv
 import io
 import json
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from rich.console import Console
-from rich.table import Table
 
 from tomocpt_stream.request import PickRequest, pick_all, storage_option
-from tomocpt_stream.terminal import count, warn
+from tomocpt_stream.terminal import count, print_table, warn
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping
 
     from tomocpt_stream.destinations import Place
     from tomocpt_stream.portal_queries import PortalAPI
@@ -172,7 +169,7 @@ def list_command(**settings: Any) -> None:
         csv.writer(text).writerows([COLUMNS, *_rows(selection.records, level)])
         click.echo(text.getvalue(), nl=False)
     else:
-        _print_table(COLUMNS, _rows(selection.records, level))
+        print_table(COLUMNS, _rows(selection.records, level))
         click.echo(
             f"{count(total['tomograms'], 'tomogram')} of {count(total['runs'], 'run')} in "
             f"{count(total['datasets'], 'dataset')}: {total['bytes'] / 1e9:.1f} GB to read at level {level} "
@@ -207,16 +204,6 @@ def _say_left_out(selection: Selection, *, each: bool) -> None:
         reasons = Counter(out.why for out in selection.left_out).most_common(5)
         said = "; ".join(f"{number} because {why}" for why, number in reasons)
         click.echo(f"{len(selection.left_out)} left out (--left-out names them): {said}")
-
-
-def _print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    table = Table(*columns, box=None, pad_edge=False)
-    for row in rows:
-        table.add_row(*row)
-    console = Console(file=sys.stdout)
-    if not console.is_terminal:
-        console.width = 10_000  # a file is not cut at the width of a terminal that is not there
-    console.print(table, highlight=False, crop=False)
 
 
 @portal.command("pick", short_help="Pick the tomograms of a deposition, dataset or run.")
@@ -356,7 +343,7 @@ def annotations_command(wanted: str | None, output: str | None, **settings: Any)
     for note in found.notes:
         warn(note)
     rows = [(name, picks.particle or "", str(len(picks))) for name, picks in found.picks.items()]
-    _print_table(("tomogram", "object", "points"), rows)
+    print_table(("tomogram", "object", "points"), rows)
     click.echo(f"{count(sum(map(len, found.picks.values())), 'point')} on {count(len(rows), 'tomogram')}")
     if output is None:
         return

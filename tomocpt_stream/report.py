@@ -18,8 +18,10 @@ from matplotlib.patheffects import withStroke
 from tomocpt_stream.errors import SourceError
 
 if TYPE_CHECKING:
+    import pandas as pd
     from matplotlib.axes import Axes
 
+    from tomocpt_stream.evaluation import Match
     from tomocpt_stream.frame import Box, Points, Shape
     from tomocpt_stream.picks import Picks
     from tomocpt_stream.tomogram import Tomogram
@@ -32,6 +34,8 @@ _CONTRAST = (0.5, 99.5)
 # Voxels held at once while a slab is averaged; 32 MB of float32.
 _SLAB_VOXELS = 8_000_000
 _PICK_COLOUR = "#ffb000"
+_CURVE_COLOURS = {"precision": "#0072b2", "recall": "#009e73", "fbeta": "#d55e00"}
+_FEW_ROWS = 50  # of a curve whose rows are dots
 _LONG_SIDE = 8.0  # inches of the longer side of the three slices together
 _SHORT_SIDE = 4.2  # the narrowest picture whose title can be read
 _GAP = 0.5  # inches between two slices: room for one line of text
@@ -108,6 +112,48 @@ def draw_size(tomogram: Tomogram, diameter: float, path: str | Path, *, dpi: int
     _scale_bar(axis, tomogram)
     size = f"circle of {diameter:g} Å = {2 * radius:.1f} voxels of {tomogram.voxel_size:g} Å"
     _title(figure, tomogram.name, size)
+    return _save(figure, Path(path), dpi)
+
+
+def draw_curve(
+    curve: pd.DataFrame,
+    path: str | Path,
+    *,
+    match: Match,
+    title: str,
+    at: float | None = None,
+    beta: float = 1.0,
+    dpi: int = 130,
+) -> Path:
+    """Draw precision over recall, and precision, recall and F over the threshold; return the PNG's path.
+
+    `curve` is a table of `curves.sweep`; `match`, which is marked, is that of the picks above the threshold
+    `at`, or of all of them where that is None.
+    """
+    figure = Figure(figsize=(9.0, 4.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    kept, name = curve[curve["picks"] > 0], f"F{beta:g}"
+    marker = "." if len(kept) <= _FEW_ROWS else ""
+    left.plot(kept["recall"], kept["precision"], marker=marker, color=_CURVE_COLOURS["precision"])
+    left.plot([match.recall], [match.precision], "o", color=_CURVE_COLOURS["fbeta"], markersize=8)
+    left.set_xlabel("recall")
+    left.set_ylabel("precision")
+    left.set_xlim(-0.02, 1.02)
+    left.set_title(f"precision {match.precision:.3f}, recall {match.recall:.3f}", fontsize=10)
+    for column, colour in _CURVE_COLOURS.items():
+        label = name if column == "fbeta" else column
+        right.plot(kept["threshold"], kept[column], label=label, marker=marker, color=colour)
+    if at is not None:
+        right.axvline(at, color="0.4", linewidth=1, linestyle="--")
+    right.set_xlabel("threshold of the score")
+    where = "all picks" if at is None else f"picks above {at:.3g}"
+    right.set_title(f"{name} {match.fbeta(beta):.3f} of {where}", fontsize=10)
+    right.legend(fontsize=9)
+    for axis in (left, right):
+        axis.set_ylim(-0.02, 1.02)
+        axis.grid(color="0.9", linewidth=0.8)
+        axis.set_axisbelow(True)
+    figure.suptitle(title, fontsize=11, parse_math=False)
     return _save(figure, Path(path), dpi)
 
 

@@ -17,7 +17,7 @@ from tomocpt_stream.progress_log import log_progress
 from tomocpt_stream.rates import megabytes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from tomocpt_stream.blocks import BlockPlan
     from tomocpt_stream.frame import Grid
@@ -128,6 +128,20 @@ def traffic_line(traffic: Traffic) -> str:
 def count(number: int, noun: str) -> str:
     """Return "1 pick" or "2 picks"."""
     return f"{number} {noun}" + ("" if number == 1 else "s")
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Print a table on stdout; one that goes to a file is not cut."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*columns, box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(*row)
+    console = Console(file=sys.stdout, markup=False, emoji=False)
+    if not console.is_terminal:
+        console.width = 10_000  # a file is not cut at the width of a terminal that is not there
+    console.print(table, highlight=False, crop=False)
 
 
 def say_failure(source: str, error: Exception) -> None:
