@@ -144,8 +144,8 @@ def test_what_makes_no_sense_is_refused() -> None:
     for wrong in ([], [0.5, float("nan")]):
         with pytest.raises(PlanError, match="finite numbers"):
             sweep(_line([0]), _line([0]), tolerance=1, thresholds=wrong)
-    with pytest.raises(SourceError, match="1 picks with a score that is not a number"):
-        rank(_line([0, 1], [0.5, float("nan")]), _line([0]), tolerance=1)
+    with pytest.raises(SourceError, match="2 of 3 picks without a finite score"):
+        rank(_line([0, 1, 2], [0.5, float("nan"), float("inf")]), _line([0]), tolerance=1)
     with pytest.raises(PlanError, match="beta nan"):
         sweep(_line([0]), _line([0]), tolerance=1, beta=float("nan"))
     with pytest.raises(PlanError, match="tolerance"):

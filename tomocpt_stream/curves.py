@@ -174,17 +174,17 @@ def rank(
 ) -> Ranking:
     """Put the picks of all tomograms in one order, best first, and find what each adds.
 
-    Raises SourceError and PlanError where `evaluate` does, and where a score is not a number.
+    Raises SourceError and PlanError where `evaluate` does, and where a score is not finite.
     """
     tables = list(together(picks, truth, mask=mask).tables.values())
     counts = np.array([(len(some), len(true)) for some, true in tables])
     starts = np.cumsum([(0, 0), *counts], axis=0)
     found = [edges_within(some, true, tolerance) for some, true in tables]
     scores = np.concatenate([some.score for some, _ in tables])
-    if np.isnan(scores).any():
+    if wrong := int((~np.isfinite(scores)).sum()):
         raise SourceError(
-            f"{int(np.isnan(scores).sum())} picks with a score that is not a number",
-            expected="a score for each pick",
+            f"{wrong} of {len(scores)} picks without a finite score",
+            expected="a number for each pick",
             remedy="leave those picks out",
         )
     order = np.argsort(-scores, kind="stable")
