@@ -10,7 +10,6 @@ import pandas as pd
 import pytest
 from click.testing import CliRunner, Result
 
-from tomocpt_stream import formats
 from tomocpt_stream.__main__ import main
 from tomocpt_stream.evaluation import evaluate
 from tomocpt_stream.formats import write_picks
@@ -118,7 +117,7 @@ def test_folders_and_sides_that_do_not_meet(tmp_path: Path) -> None:
     assert "all particles missed, for there are no picks of them: TS_4" in result.stderr
     write_picks(picks["TS_1"], tmp_path / "picks" / "again.star")
     twice = _run(tmp_path / "picks", tmp_path / "truth.star", code=1)
-    assert "has picks of TS_1, and so has another file" in twice.stderr
+    assert "has picks on TS_1 twice, the last in" in twice.stderr
 
 
 def test_names_without_a_counterpart_are_listed(files: tuple[Path, Path], tmp_path: Path) -> None:
@@ -186,9 +185,6 @@ def test_nothing_picked_at_all(tmp_path: Path) -> None:
 def test_what_cannot_be_done_is_refused(files: tuple[Path, Path], tmp_path: Path) -> None:
     picks, truth = files
     assert "no file" in _run(picks, tmp_path / "no.star", code=1).stderr
-    assert "no picks of ribosome; expected a file that names kinds" in (
-        _run(picks, truth, "--particle", "ribosome", code=1).stderr
-    )
     assert "finite" in _run(picks, truth, "--threshold", "nan", code=2).stderr
     (tmp_path / "curve.csv").write_text("mine")
     refused = _run(tmp_path / "curve.csv", truth, "--output", tmp_path, code=1)
@@ -196,15 +192,19 @@ def test_what_cannot_be_done_is_refused(files: tuple[Path, Path], tmp_path: Path
     assert (tmp_path / "curve.csv").read_text() == "mine"
 
 
-def test_one_kind_of_particle_is_taken(
-    files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_kind_of_particle_is_taken(files: tuple[Path, Path], tmp_path: Path) -> None:
     _, truth = _tables()
-    named = {
-        "TS_1": replace(truth["TS_1"], particle="ribosome"),
-        "TS_2": replace(truth["TS_2"], particle="VLP"),
-    }
-    monkeypatch.setattr(formats, "read_picks", lambda path, **_: named)
-    _run(*files, "--particle", "VLP", "--output", tmp_path / "out")
-    assert list(_facts(tmp_path / "out")["tomograms"]) == ["TS_2"]
-    assert "one of VLP, ribosome" in _run(*files, "--particle", "spike", code=1).stderr
+    kinds = [
+        replace(truth["TS_1"], particle="ribosome"),
+        replace(truth["TS_2"], particle="VLP"),
+        replace(truth["TS_2"].take(np.arange(4)), particle="ribosome"),
+    ]
+    write_picks(kinds, tmp_path / "kinds.csv")
+    out = tmp_path / "out"
+    _run(files[0], tmp_path / "kinds.csv", "--particle", "VLP", "--output", out)  # the picks name no kind
+    assert list(_facts(out)["tomograms"]) == ["TS_2"]
+    assert _facts(out)["pooled"]["truth"] == 30
+    assert "'VLP' and of 'ribosome'" in _run(files[0], tmp_path / "kinds.csv", code=1).stderr
+    strange = _run(files[0], tmp_path / "kinds.csv", "--particle", "spike", code=1)
+    assert "no truth of 'spike'" in strange.stderr
+    assert "'VLP', 'ribosome'" in strange.stderr

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tomocpt_stream.errors import FormatError, PlanError
-from tomocpt_stream.remote import is_remote
 from tomocpt_stream.terminal import count, print_table, warn
 
 if TYPE_CHECKING:
@@ -60,11 +59,16 @@ _FEW = 10  # tomograms below which an interval is said to rest on few
     metavar="FILE",
     help="Picks and particles count where it is not 0; {tomogram} in it stands for the name of each.",
 )
-@click.option("--particle", metavar="NAME", help="Only this kind of particle, where the files name kinds.")
+@click.option("--particle", metavar="NAME", help="Only this kind, and what names no kind.")
 @click.option("--voxel-size", type=LENGTH, metavar="Å", help="Of the picks, instead of the file's.")
 @click.option("--truth-voxel-size", type=LENGTH, metavar="Å", help="Of the truth, instead of the file's.")
-@click.option("--tomograms", metavar="FILE", help="tomograms.star, for sizes that the files do not say.")
-@click.option("--format", "kind", metavar="FORMAT", help="Of the picks.  [default: by suffix and content]")
+@click.option(
+    "--tomograms",
+    multiple=True,
+    metavar="FILE",
+    help="Sizes that the files do not say: a tomograms.star, Warp's .settings or .tomostar, repeatable.",
+)
+@click.option("--format", metavar="FORMAT", help="Of the picks.  [default: by suffix and content]")
 @click.option("--truth-format", metavar="FORMAT", help="Of the truth.  [default: by suffix and content]")
 @click.option("--seed", type=click.IntRange(min=0), default=0, help="Of the bootstrap.")
 @click.option(
@@ -85,7 +89,7 @@ def evaluate_command(picks: str, truth: str, **settings: Any) -> None:
     from tomocpt_stream.destinations import refuse_overwriting
 
     output: Path = settings["output"]
-    inputs = [path for path in (picks, truth, settings["tomograms"], settings["mask"]) if path]
+    inputs = [path for path in (picks, truth, *settings["tomograms"], settings["mask"]) if path]
     refuse_overwriting(inputs, *(output / name for name in _FILES))
     if settings["threshold"] is not None and not math.isfinite(settings["threshold"]):
         raise click.UsageError("--threshold takes a finite number.")
@@ -190,11 +194,8 @@ def _compare(picks: str, truth: str, settings: dict[str, Any]) -> _Comparison:
     from tomocpt_stream.curves import best_row, rank
     from tomocpt_stream.evaluation import Evaluation, match, together
 
-    sizes, particle, beta = settings["tomograms"], settings["particle"], settings["beta"]
-    found = _read("picks", picks, settings["kind"], settings["voxel_size"], sizes)
-    true = _read("truth", truth, settings["truth_format"], settings["truth_voxel_size"], sizes)
-    if particle is not None:
-        found, true = _of_kind("picks", found, particle), _of_kind("truth", true, particle)
+    beta = settings["beta"]
+    found, true = _read("picks", picks, settings), _read("truth", truth, settings)
     tolerance = settings["diameter"] / 2 if settings["tolerance"] is None else settings["tolerance"]
     joined = together(found, true, mask=_masks(settings["mask"], true))
     tables = joined.tables
@@ -217,27 +218,40 @@ def _compare(picks: str, truth: str, settings: dict[str, Any]) -> _Comparison:
     )
 
 
-def _read(
-    side: str, path: str, kind: str | None, voxel_size: float | None, tomograms: str | None
-) -> dict[str, Picks]:
+def _read(side: str, path: str, settings: Mapping[str, Any]) -> dict[str, Picks]:
     """Return the tables of a file or of the files of a folder; each must say its voxel size."""
-    from tomocpt_stream.formats import read_picks
+    from tomocpt_stream.formats import read_kinds
 
+    prefix = "" if side == "picks" else "truth_"
+    kind, particle = settings[f"{prefix}format"], settings["particle"]
+    options = {
+        "voxel_size": settings[f"{prefix}voxel_size"],
+        "tomograms": list(settings["tomograms"]) or None,
+    }
+    read = [(file, one) for file in _files(path, kind) for one in read_kinds(file, format=kind, **options)]
+    kept = [(file, one) for file, one in read if particle is None or one.particle in (particle, "")]
+    if read and not kept:
+        raise FormatError(
+            f"no {side} of {particle!r} in {path}",
+            expected=f"one of its kinds: {', '.join(sorted({repr(one.particle) for _, one in read})[:20])}",
+            remedy="correct --particle, or leave it out",
+        )
     tables: dict[str, Picks] = {}
-    for file in _files(path, kind):
-        found = read_picks(file, format=kind, voxel_size=voxel_size, tomograms=tomograms)
-        if twice := sorted(tables.keys() & found.keys()):
+    for file, table in kept:
+        before = tables.setdefault(table.tomogram, table)
+        if before is not table:
+            several = before.particle != table.particle
+            kinds = f"of {before.particle!r} and of {table.particle!r}" if several else "twice"
             raise FormatError(
-                f"{file} has picks of {', '.join(twice)}, and so has another file of {path}",
-                expected="the picks of a tomogram in one file",
-                remedy="give a single file, or take one of them out of the folder",
+                f"{path} has {side} on {table.tomogram} {kinds}, the last in {file}",
+                expected="one table for each tomogram",
+                remedy="choose a kind with --particle" if several else "take a file out of the folder",
             )
-        tables |= found
     if unsized := [name for name, table in tables.items() if table.voxel_size is None and len(table)]:
         raise FormatError(
             f"{path} does not say the voxel size of {', '.join(unsized[:10])}",
             expected="voxel sizes on both sides, in Å",
-            remedy=f"give --{'' if side == 'picks' else 'truth-'}voxel-size or --tomograms",
+            remedy=f"give --{prefix.replace('_', '-')}voxel-size or --tomograms",
         )
     return tables
 
@@ -245,6 +259,7 @@ def _read(
 def _files(path: str, kind: str | None) -> list[str]:
     """Return the coordinate files of a folder, or what is itself one."""
     from tomocpt_stream.formats import FORMATS
+    from tomocpt_stream.remote import is_remote
 
     place = Path(path)
     if is_remote(path) or not place.is_dir() or (kind in FORMATS and FORMATS[kind].folder):
@@ -255,19 +270,6 @@ def _files(path: str, kind: str | None) -> list[str]:
         str(file) for file in place.iterdir() if file.suffix.lower() in suffixes and file.is_file()
     )
     return found or [path]
-
-
-def _of_kind(side: str, tables: dict[str, Picks], particle: str) -> dict[str, Picks]:
-    """Return the tables of one kind of particle."""
-    kept = {name: table for name, table in tables.items() if table.particle == particle}
-    if not kept:
-        kinds = sorted({table.particle for table in tables.values() if table.particle})
-        raise FormatError(
-            f"no {side} of {particle}",
-            expected=f"one of {', '.join(kinds)}" if kinds else "a file that names kinds of particles",
-            remedy="correct --particle, or leave it out",
-        )
-    return kept
 
 
 def _masks(mask: str | None, truth: Mapping[str, Picks]) -> str | dict[str, str] | None:
