@@ -70,7 +70,15 @@ def test_a_folder_has_a_file_for_each_kind(tmp_path: Path) -> None:
     assert (found[1].voxel_size, found[1].shape) == (VOXEL_SIZE, SHAPE)
 
 
-@pytest.mark.parametrize("zyx", [[-0.01, 0, 0], [0, 0, SHAPE[2] - 0.9], [SHAPE[0], 3, 3]])
+def test_a_maximum_refined_beyond_the_outermost_centre_is_put_there(tmp_path: Path) -> None:
+    picks = some_picks(2, zyx=np.array([[-0.4, 3, 3], [SHAPE[0] - 0.6, SHAPE[1] - 0.5, 7.25]]))
+    write_picks(picks, tmp_path / "a.ndjson")
+    found = read_picks(tmp_path / "a.ndjson", shape=SHAPE)["TS_01"]
+    assert found.zyx.tolist() == [[0, 3, 3], [SHAPE[0] - 1, SHAPE[1] - 1, 7.25]]
+    np.testing.assert_array_equal(found.score, picks.score)  # of the side file, by place
+
+
+@pytest.mark.parametrize("zyx", [[-0.51, 0, 0], [0, 0, SHAPE[2] - 0.4], [SHAPE[0], 3, 3]])
 def test_points_outside_are_not_written_and_noticed_when_read(tmp_path: Path, zyx: list[float]) -> None:
     picks = some_picks(2, zyx=np.array([[0, 0, 0], zyx]))
     with pytest.raises(FormatError, match=r"1 outside of the 631 x 630 x 184 voxels.*point 2 at .*--margin"):

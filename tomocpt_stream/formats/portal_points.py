@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import re
 import warnings
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 SUFFIX = ".ndjson"
 VERSION = "1.0"
+_HALF = 0.5  # how far a refined maximum may lie from the centre of its voxel
 _LARGEST_ANNOTATION = 1 << 26
 _SHAPE = re.compile(r"_(point|orientedpoint|instancesegmentation)$")
 
@@ -97,7 +99,7 @@ def _software() -> str:
 def _files(table: Picks, name: str, asked: Asked) -> dict[str, bytes]:
     known = asked.known(table.tomogram)
     shape = table.shape or (known[1].shape if known else None)
-    _refuse_outside(table, shape)
+    table = _inside(table, shape)
     said = json.dumps(annotation(table, name.rsplit("/", 1)[-1]), indent=1)
     return {name: _lines(table).encode(), _annotation_name(name): said.encode(), **beside([table], name)}
 
@@ -169,7 +171,12 @@ def _annotation_name(name: str) -> str:
     return f"{folder}/{plain}.json" if folder else f"{plain}.json"
 
 
-def _refuse_outside(table: Picks, shape: tuple[int, int, int] | None) -> None:
+def _inside(table: Picks, shape: tuple[int, int, int] | None) -> Picks:
+    """Return picks as the portal wants them, those of the outermost voxels at their centres or within."""
+    if shape is not None:
+        last = np.array(shape) - 1.0
+        near = np.clip(table.zyx, 0, last)
+        table = replace(table, zyx=np.where(np.abs(near - table.zyx) <= _HALF, near, table.zyx))
     outside = _outside(table, shape)
     if outside is not None:
         raise FormatError(
@@ -177,6 +184,7 @@ def _refuse_outside(table: Picks, shape: tuple[int, int, int] | None) -> None:
             expected="0 to size - 1 on each axis, as the portal wants",
             remedy="leave these picks out, as --margin does",
         )
+    return table
 
 
 def _outside(table: Picks, shape: tuple[int, int, int] | None) -> str | None:
