@@ -28,7 +28,7 @@ class Asked:
     tilt series' pixels above all. `mean_binned`: voxel i of a tomogram binned by b is the mean of its
     pixels, at i·b + (b - 1)/2, not at i·b. `name_pattern` is that of `series_name`. `companion`: the
     files of particles and tomograms that an optimisation_set.star is to name. `numbers`: the names of
-    tomograms in a file that has numbers for them.
+    tomograms in a file that has numbers for them. `radius`: of the spheres that a viewer shows, voxels.
     """
 
     voxel_size: float | None = None
@@ -42,6 +42,7 @@ class Asked:
     name_pattern: str | None = None
     companion: tuple[str, str] | None = None
     numbers: Mapping[int, str] | None = None
+    radius: int = 5
 
     def __post_init__(self) -> None:
         for name, size in (("voxel_size", self.voxel_size), ("pixel_size", self.pixel_size)):

@@ -194,7 +194,7 @@ def _render_one(tables: Sequence[Picks], asked: Asked) -> bytes:
     for table in tables:
         xyz = table.zyx[:, ::-1] + half
         contours = [Contour(xyz, values=table.score)] if len(table) else []
-        objects.append(Object(_fitting(table.particle, 63, "particle"), contours))
+        objects.append(Object(_fitting(table.particle, 63, "particle"), contours, radius=asked.radius))
         if table.rotations is not None:
             slicers.append(np.hstack([angles_of(table.rotations), xyz]))
     z, y, x = first.shape or (0, 0, 0)

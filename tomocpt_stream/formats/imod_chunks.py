@@ -48,11 +48,12 @@ class Contour:
 
 @dataclass(eq=False)
 class Object:
-    """One object of a model."""
+    """One object of a model; its points are spheres of `radius` voxels."""
 
     name: str
     contours: list[Contour] = field(default_factory=list)
     meshes: int = 0
+    radius: int = 5
 
 
 @dataclass(eq=False)
@@ -251,7 +252,7 @@ def render_model(
     parts = [b"IMODV1.2", HEADER.pack(name.encode(), *image, *shown, *units, 0, 0, 0, 0)]
     for index, one in enumerate(objects):
         colour = _COLOURS[index % len(_COLOURS)]
-        drawn = (0, 1, *colour, 5, 0, 5, 1, 1, 0, 0, 0, 0, 0, 0)
+        drawn = (0, 1, *colour, one.radius, 0, 5, 1, 1, 0, 0, 0, 0, 0, 0)
         parts.append(
             b"OBJT" + OBJECT.pack(one.name.encode(), *[0] * 16, len(one.contours), SCATTERED, *drawn)
         )
