@@ -25,19 +25,19 @@ def test_a_folder_gets_one_star_for_each_tomogram(tmp_path: Path) -> None:
     found = destinations(sources, str(tmp_path / "out"), heatmaps=tmp_path / "maps")
     first, second = (found[source] for source in sources)
     assert (first.name, second.name) == ("a", "b.1")
-    assert (first.star, second.star) == (tmp_path / "out" / "a.star", tmp_path / "out" / "b.1.star")
+    assert (first.picks, second.picks) == (tmp_path / "out" / "a.star", tmp_path / "out" / "b.1.star")
     assert (first.picture, second.picture) == (tmp_path / "out" / "a.png", tmp_path / "out" / "b.1.png")
     assert first.heatmap == tmp_path / "maps" / "a.zarr"
-    assert not first.shares_star
+    assert not first.shared
 
 
 def test_a_star_file_takes_all_and_each_has_its_picture(tmp_path: Path) -> None:
     sources = [mrc(tmp_path / f"{name}.mrc") for name in "ab"]
     star = tmp_path / "all.star"
     found = destinations(sources, str(star))
-    assert {one.star for one in found.values()} == {star}
+    assert {one.picks for one in found.values()} == {star}
     assert [Path(one.picture).name for one in found.values()] == ["all_a.png", "all_b.png"]
-    assert all(one.shares_star and one.heatmap is None for one in found.values())
+    assert all(one.shared and one.heatmap is None for one in found.values())
     assert destinations(sources[:1], str(star))[sources[0]].picture == tmp_path / "all.png"
 
 
@@ -46,9 +46,11 @@ def test_an_output_of_another_kind_is_refused(tmp_path: Path) -> None:
     with pytest.raises(PlanError, match=r"picks\.csv.*a \.star file or a folder"):
         destinations([source], str(tmp_path / "picks.csv"))
     dotted = destinations([source], f"{tmp_path}/run.2/")[source]
-    assert dotted.star == tmp_path / "run.2" / "a.star"
+    assert dotted.picks == tmp_path / "run.2" / "a.star"
     (tmp_path / "there.star").mkdir()
-    assert destinations([source], str(tmp_path / "there.star"))[source].star == tmp_path / "there.star/a.star"
+    assert (
+        destinations([source], str(tmp_path / "there.star"))[source].picks == tmp_path / "there.star/a.star"
+    )
 
 
 def test_equal_names_get_their_folders_in_front(tmp_path: Path) -> None:
@@ -86,14 +88,14 @@ def test_an_address_is_one_however_it_is_written() -> None:
 def test_answers_may_go_to_an_address() -> None:
     sources = ["s3://box/x/TS%201.zarr", "b"]
     found = destinations(sources, "S3://out.1/new folder", heatmaps="gs://maps/")
-    assert [(one.star, one.picture, one.heatmap) for one in found.values()] == [
+    assert [(one.picks, one.picture, one.heatmap) for one in found.values()] == [
         ("s3://out.1/new%20folder/TS_1.star", "s3://out.1/new%20folder/TS_1.png", "gs://maps/TS_1.zarr"),
         ("s3://out.1/new%20folder/b.star", "s3://out.1/new%20folder/b.png", "gs://maps/b.zarr"),
     ]
     found = destinations(sources, "s3://out.1/all.star")
-    assert {(one.star, one.shares_star) for one in found.values()} == {("s3://out.1/all.star", True)}
+    assert {(one.picks, one.shared) for one in found.values()} == {("s3://out.1/all.star", True)}
     assert [one.picture for one in found.values()] == ["s3://out.1/all_TS_1.png", "s3://out.1/all_b.png"]
-    assert destinations(["b"], "s3://out.1")["b"].star == "s3://out.1/b.star"
+    assert destinations(["b"], "s3://out.1")["b"].picks == "s3://out.1/b.star"
     for output in ("s3://out.1/picks.csv", "https://host/picks/"):
         with pytest.raises(PlanError, match=rf"the output {output}"):
             destinations(["b"], output)

@@ -234,3 +234,12 @@ def test_points_are_listed_and_written(server: PortalServer, tmp_path: Path) -> 
     assert len(read_picks(tmp_path / "all.star")["TS_1"]) == 3
     table = run(*words, "--ground-truth").stdout
     assert table.splitlines()[1].split() == ["TS_1", "cytosolic", "ribosome", "3"]
+
+
+def test_points_are_written_in_any_format(server: PortalServer, tmp_path: Path) -> None:
+    words = ["annotations", "--tomogram", "TM-8004", "--object", RIBOSOME, "--ground-truth"]
+    run(*words, "--output", tmp_path / "points", "--format", "copick")
+    (found,) = read_picks(tmp_path / "points", format="copick").values()
+    run(*words, "--output", tmp_path / "all.csv", "--format", "csv")
+    np.testing.assert_allclose(found.zyx, read_picks(tmp_path / "all.csv")["TS_1"].zyx, atol=1e-4)
+    assert len(found) == 3

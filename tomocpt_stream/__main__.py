@@ -15,7 +15,7 @@ from tomocpt_stream.convert_command import convert
 from tomocpt_stream.errors import ActionableError
 from tomocpt_stream.evaluate_command import evaluate_command
 from tomocpt_stream.portal_commands import portal
-from tomocpt_stream.request import PickRequest, pick_all, storage_option
+from tomocpt_stream.request import PickRequest, format_options, pick_all, storage_option
 from tomocpt_stream.terminal import (
     count,
     fact_lines,
@@ -26,6 +26,7 @@ from tomocpt_stream.terminal import (
     show_warning,
     warn,
 )
+from tomocpt_stream.view_command import view_command
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -148,11 +149,9 @@ def workers_option(command: Callable[..., Any]) -> Callable[..., Any]:
     "--output",
     default="picks/",
     metavar="FILE|DIR|ADDRESS",
-    help="A .star file takes the picks of all the tomograms; a folder gets one .star for each.",
+    help="A file (.star, .csv) takes the picks of all the tomograms; a folder gets a file for each.",
 )
-@click.option(
-    "--format", "star", type=click.Choice(["relion31", "relion5"]), default="relion31", help="Kind of STAR."
-)
+@format_options
 @click.option("--keep-heatmap", metavar="DIR|ADDRESS", help="Keep the maps.")
 @click.option(
     "--scratch",
@@ -187,7 +186,7 @@ def workers_option(command: Callable[..., Any]) -> Callable[..., Any]:
 @source_options
 @plan_options
 def pick_command(**settings: Any) -> None:
-    """Pick particles in one or more TOMOGRAMs and write STAR files.
+    """Pick particles in one or more TOMOGRAMs and write STAR files, or others.
 
     A tomogram is an .mrc, .rec or .map file (also .gz, .bz2), a zarr array or an OME-Zarr group, on a
     disk or at an address (s3://, gs://, az://, https://). One that cannot be picked is reported with
@@ -199,6 +198,7 @@ def pick_command(**settings: Any) -> None:
 main.add_command(portal)
 main.add_command(convert)
 main.add_command(evaluate_command)
+main.add_command(view_command)
 
 
 @main.command("inspect", short_help="Say what a tomogram is and what picking costs.")

@@ -52,7 +52,11 @@ MRC = (".mrc", ".map", ".rec")
     help="Unbinned pixel size of the tilt series in Å, where IN or OUT count in its pixels.",
 )
 @click.option("--mean-binned", is_flag=True, help="Tomogram voxels are means of pixels, as IMOD bins them.")
-@click.option("--name-pattern", metavar="REGEX", help="Finds the tilt series' name in that of a tomogram.")
+@click.option(
+    "--name-pattern",
+    metavar="PATTERN",
+    help="Finds the tilt series in a tomogram's name: {} is the series, * anything.",
+)
 @click.option("--optimisation-set", is_flag=True, help="Write RELION's optimisation_set.star beside OUT too.")
 @click.option(
     "--half-voxel/--no-half-voxel",

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from urllib.parse import quote, unquote, urlsplit
 
 from tomocpt_stream.errors import ActionableError, PlanError, SourceError
+from tomocpt_stream.formats import FORMATS, Kind
 from tomocpt_stream.pipeline import safe_name
 from tomocpt_stream.receipts import local_path
 from tomocpt_stream.remote import canonical, is_remote, parent
@@ -28,12 +29,12 @@ Place: TypeAlias = Path | str
 class Destination:
     """The files of one tomogram's answer; `name` is unlike that of any other one of the run.
 
-    `shares_star` says that the STAR file takes the picks of all the tomograms.
+    `shared` says that the file of picks takes those of all the tomograms.
     """
 
     name: str
-    star: Place
-    shares_star: bool
+    picks: Place
+    shared: bool
     picture: Place
     heatmap: Place | None
 
@@ -45,30 +46,39 @@ def destinations(
     heatmaps: Place | None = None,
     inputs: Sequence[str] = (),
     names: Mapping[str, str] | None = None,
+    kind: Kind = FORMATS["relion31"],
 ) -> dict[str, Destination]:
     """Return the destination of each tomogram by its source.
 
-    An `output` that ends in .star takes the picks of all; a folder gets one STAR for each. Both may be
-    addresses of an object store, and so may `heatmaps`. `inputs` are further files, beside the sources,
-    that must stay as they are; `names` are those of sources that have one already.
+    An `output` that ends in the suffix of `kind` takes the picks of all, where one file may; a folder gets
+    a file for each, or is a project. Both may be addresses of an object store, and so may `heatmaps`.
+    `inputs` are further files, beside the sources, that must stay as they are; `names` are those of
+    sources that have one already.
 
     Raises
     ------
     PlanError
         Where the output is neither, a source is given twice, or an input would be overwritten.
     """
-    place, shares = place_of(output), takes_all(output)
+    place, shares = place_of(output), takes_all(output, kind.suffix)
+    if shares and kind.folder and len(sources) > 1:
+        raise PlanError(
+            f"{output} for {len(sources)} tomograms",
+            expected=f"a folder: a {kind.suffix} file holds one tomogram",
+            remedy="give a folder as --output",
+        )
     folder, last = split(place) if shares else (place, "")
     kept = None if heatmaps is None else place_of(str(heatmaps))
     found = {}
     for source, name in unique_names(sources, names).items():
-        star = last or f"{name}.star"
-        stem = star.removesuffix(".star")
+        file = last or f"{name}{kind.suffix}"
+        stem = file.removesuffix(kind.suffix)
         picture = f"{stem}_{name}.png" if shares and len(sources) > 1 else f"{stem}.png"
+        picks = place if kind.project and not shares else below(folder, file)
         heatmap = None if kept is None else below(kept, f"{name}.zarr")
-        found[source] = Destination(name, below(folder, star), shares, below(folder, picture), heatmap)
+        found[source] = Destination(name, picks, shares, below(folder, picture), heatmap)
     for one in found.values():
-        refuse_overwriting([*sources, *inputs], one.star, one.picture, one.heatmap)
+        refuse_overwriting([*sources, *inputs], one.picks, one.picture, one.heatmap)
     return found
 
 
@@ -94,19 +104,19 @@ def place_of(output: str) -> Place:
     return address
 
 
-def takes_all(output: str) -> bool:
-    """Return whether an output is one STAR file for all picks, and not a folder; PlanError for another."""
+def takes_all(output: str, wanted: str = ".star") -> bool:
+    """Return whether an output is one file for all picks, and not a folder; PlanError for another suffix."""
     place = place_of(output)
     if isinstance(place, Path) and place.is_dir():
         return False
     suffix = place.suffix if isinstance(place, Path) else PurePosixPath(urlsplit(place).path).suffix
-    if suffix not in ("", ".star") and not output.endswith("/"):
+    if suffix not in ("", wanted) and not output.endswith("/"):
         raise PlanError(
             f"the output {output}",
-            expected="a .star file or a folder",
+            expected=f"a {wanted} file or a folder",
             remedy="end the name of a new folder with a slash",
         )
-    return suffix == ".star"
+    return suffix == wanted
 
 
 def split(place: Place) -> tuple[Place, str]:

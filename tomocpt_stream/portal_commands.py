@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tomocpt_stream.request import PickRequest, pick_all, storage_option
+from tomocpt_stream.formats import FORMATS
+from tomocpt_stream.request import PickRequest, format_options, pick_all, storage_option
 from tomocpt_stream.terminal import count, print_table, warn
 
 if TYPE_CHECKING:
@@ -222,7 +223,7 @@ def _say_left_out(selection: Selection, *, each: bool) -> None:
 @click.option(
     "--coarsest-level", is_flag=True, help="Read the coarsest level that is as fine as the working voxels."
 )
-@click.option("--format", "star", type=click.Choice(["relion31", "relion5"]), default="relion31")
+@format_options
 @click.option("--scratch", metavar="DIR|ADDRESS", help="Keep working volumes and maps; a killed run goes on.")
 @click.option("--picker", default="base", metavar="NAME|FILE", help="The shipped picker or a picker file.")
 @click.option("--device", default="auto", metavar="DEVICE", help="auto, cpu, cuda.")
@@ -302,7 +303,7 @@ def _masks(selection: Selection, wanted: str, api: PortalAPI) -> dict[str, str]:
     return masks
 
 
-@portal.command("annotations", short_help="Fetch points that people put on tomograms, as STAR files.")
+@portal.command("annotations", short_help="Fetch points that people put on tomograms, as files.")
 @click.option("--object", "wanted", metavar="NAME|ID", help="Object: a name with wildcards, or GO:...")
 @click.option("--ground-truth/--not-ground-truth", default=None, help="Only what is (not) ground truth.")
 @click.option("--method", metavar="METHOD", help="manual, automated, hybrid, simulated, or a method's name.")
@@ -312,12 +313,24 @@ def _masks(selection: Selection, wanted: str, api: PortalAPI) -> dict[str, str]:
 @click.option(
     "--output",
     metavar="FILE|DIR|ADDRESS",
-    help="A .star file takes all points; a folder gets one .star for each tomogram.  [default: only a table]",
+    help="A file (.star, .csv) takes all points; a folder gets a file for each tomogram.  "
+    "[default: only a table]",
+)
+@click.option(
+    "--format",
+    type=click.Choice([name for name, kind in FORMATS.items() if kind.writes]),
+    default="relion31",
+    help="Of the points; README has frame, units, scores and angles of each.",
 )
 @storage_option
 @selection_options
-def annotations_command(wanted: str | None, output: str | None, **settings: Any) -> None:
-    """List the points of an object on the selected tomograms; with --output, write them as STAR files.
+def annotations_command(
+    wanted: str | None,
+    output: str | None,
+    format: str,  # noqa: A002  (the option's name)
+    **settings: Any,
+) -> None:
+    """List the points of an object on the selected tomograms; with --output, write them as files.
 
     Coordinates are voxels of the tomogram's level 0. Annotations on another alignment are refused. A
     citations.md goes beside the points.
@@ -330,7 +343,8 @@ def annotations_command(wanted: str | None, output: str | None, **settings: Any)
     from tomocpt_stream.portal_annotations import fetch_picks
 
     options = settings.pop("storage_options")
-    one = output is not None and takes_all(output)
+    kind = FORMATS[format]
+    one = output is not None and takes_all(output, kind.suffix)
     truth, method, shape = (settings.pop(name) for name in ("ground_truth", "method", "shape"))
     selection, api = chosen(settings)
     found = fetch_picks(
@@ -352,9 +366,10 @@ def annotations_command(wanted: str | None, output: str | None, **settings: Any)
     tables = (
         {name: found.picks}
         if one
-        else {f"{safe_name(each)}.star": picks for each, picks in found.picks.items()}
+        else {f"{safe_name(each)}{kind.suffix}": picks for each, picks in found.picks.items()}
     )
     for file, points in tables.items():
-        write_picks(points, below(folder, file), storage_options=options)
+        place = folder if kind.project and not one else below(folder, file)
+        write_picks(points, place, format=format, storage_options=options)
     _write(folder, "citations.md", cited, options)
     click.echo(f"points -> {output}")

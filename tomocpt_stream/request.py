@@ -7,13 +7,14 @@ import os
 import tempfile
 import time
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from tomocpt_stream.errors import PlanError
+from tomocpt_stream.formats import FORMATS
 from tomocpt_stream.terminal import (
     cluster_line,
     count,
@@ -26,7 +27,7 @@ from tomocpt_stream.terminal import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from zarr.abc.store import Store
 
@@ -64,6 +65,42 @@ def storage_option(command: Callable[..., Any]) -> Callable[..., Any]:
     )(command)
 
 
+def format_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options that say how picks are written."""
+    options = [
+        click.option(
+            "--format",
+            type=click.Choice([name for name, kind in FORMATS.items() if kind.writes]),
+            default="relion31",
+            help="Of the picks; README has frame, units, scores and angles of each.",
+        ),
+        click.option("--particle", default="", metavar="NAME", help="What the picks are called."),
+        click.option(
+            "--tomograms",
+            "sizes",
+            type=click.Path(exists=True),
+            multiple=True,
+            metavar="FILE",
+            help="Names and sizes for relion4, relion5 and warp: a tomograms.star, Warp's .settings or "
+            ".tomostar files.",
+        ),
+        click.option(
+            "--pixel-size",
+            type=click.FloatRange(min=0, min_open=True),
+            metavar="Å",
+            help="Unbinned pixel size of the tilt series, where no tomograms.star says it.",
+        ),
+        click.option(
+            "--name-pattern",
+            metavar="PATTERN",
+            help="Finds the tilt series in a tomogram's name: {} is the series, * anything.",
+        ),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
 def _pairs(ctx: click.Context, option: click.Parameter, value: tuple[str, ...]) -> dict[str, str]:
     del ctx, option
     if any("=" not in text for text in value):  # which may be a secret: not repeated
@@ -89,7 +126,11 @@ class PickRequest:
     min_distance: float | None = None
     margin: float = 0.0
     mask: str | None = None
-    star: Format = "relion31"
+    format: Format = "relion31"
+    particle: str = ""
+    sizes: tuple[str, ...] = ()
+    pixel_size: float | None = None
+    name_pattern: str | None = None
     keep_heatmap: str | None = None
     scratch: str | None = None
     verify: bool = False
@@ -161,8 +202,22 @@ class PickRequest:
 
         kept = [name for name in (self.mask, self.picker) if name is not None]
         return destinations(
-            self.tomograms, self.output, heatmaps=self.keep_heatmap, inputs=kept, names=self.names
+            self.tomograms,
+            self.output,
+            heatmaps=self.keep_heatmap,
+            inputs=[*kept, *self.sizes],
+            names=self.names,
+            kind=FORMATS[self.format],
         )
+
+    def written(self) -> dict[str, Any]:
+        """Return what `write_picks` is told beside picks and place."""
+        return {
+            "format": self.format,
+            "tomograms": (self.sizes[0] if len(self.sizes) == 1 else self.sizes) or None,
+            "pixel_size": self.pixel_size,
+            "name_pattern": self.name_pattern,
+        }
 
 
 def pick_all(asked: PickRequest, picker: Scorer | None = None) -> list[Picks]:
@@ -176,6 +231,7 @@ def pick_all(asked: PickRequest, picker: Scorer | None = None) -> list[Picks]:
     from tomocpt_stream.picker import load_picker
 
     options, targets = asked.options(), asked.destinations()
+    _refuse_unwritten(asked, targets)
     picker = picker or load_picker(asked.picker, device=asked.device)
     _refuse_unwritable(asked, targets)
     done: list[Picks] = []
@@ -190,6 +246,8 @@ def pick_all(asked: PickRequest, picker: Scorer | None = None) -> list[Picks]:
             except Exception as error:  # one bad tomogram must not cost the picks of the others
                 failed.append(source)
                 say_failure(source, error)
+    if done:
+        _say_what_follows(asked, targets, done)
     if failed:
         click.echo(f"{len(failed)} of {len(targets)} tomograms were not done: {', '.join(failed)}", err=True)
         raise SystemExit(1)
@@ -309,11 +367,12 @@ def _pick_one(
             storage_options=asked.options_for(asked.scratch),
         )
     seconds = time.perf_counter() - began
+    picks = replace(picks, particle=asked.particle)
     done.append(picks)
-    table = done if target.shares_star else picks
-    write_picks(table, target.star, format=asked.star, storage_options=asked.options_for(target.star))
+    table = done if target.shared else picks
+    write_picks(table, target.picks, **asked.written(), storage_options=asked.options_for(target.picks))
     click.echo(
-        f"  {count(len(picks), 'pick')} in {seconds:.1f} s ({rate(tomogram, seconds)}) -> {target.star}"
+        f"  {count(len(picks), 'pick')} in {seconds:.1f} s ({rate(tomogram, seconds)}) -> {target.picks}"
     )
     if asked.picture:
         click.echo(f"  picture -> {_draw(tomogram, picks, target, asked)}")
@@ -321,11 +380,50 @@ def _pick_one(
         click.echo(traffic_line(tomogram.traffic))
 
 
+def _refuse_unwritten(asked: PickRequest, targets: Mapping[str, Destination]) -> None:
+    """Raise before anything is picked where the format lacks a name, a size or a pixel size.
+
+    No picks at all are rendered under the names that there will be; what only a tomogram's header says
+    is made up.
+    """
+    import numpy as np
+
+    from tomocpt_stream.formats import render_picks
+    from tomocpt_stream.picks import Picks
+
+    empty = Picks(np.zeros((0, 3)), np.zeros(0, np.float32), None, 10.0, shape=(1, 1, 1))
+    tables = [replace(empty, tomogram=target.name, particle=asked.particle) for target in targets.values()]
+    shared = any(target.shared for target in targets.values())
+    for some in [tables] if shared else [[table] for table in tables]:
+        render_picks(some, next(iter(targets.values())).picks, **asked.written())
+
+
+def _say_what_follows(asked: PickRequest, targets: Mapping[str, Destination], done: Sequence[Picks]) -> None:
+    """Print the command of the program that goes on from the picks."""
+    from tomocpt_stream.formats.handover import next_command
+
+    paths = list(dict.fromkeys(str(target.picks) for target in targets.values()))
+    sizes = next((name for name in asked.sizes if name.endswith(".star")), None)
+    command = next_command(
+        asked.format,
+        paths[0],
+        done,
+        diameter=asked.diameter,
+        pixel_size=asked.pixel_size,
+        tomograms=sizes,
+        settings=next((name for name in asked.sizes if name.endswith(".settings")), None),
+    )
+    if command:
+        click.echo(f"next{'' if len(paths) == 1 else ', for each file'}:")
+        for line in command.splitlines():
+            click.echo(f"  {line}")
+
+
 def _refuse_unwritable(asked: PickRequest, targets: Mapping[str, Destination]) -> None:
     """Raise before anything is picked where an object store takes no output."""
     from tomocpt_stream.receipts import delete_object, put_object
 
-    for star in sorted({target.star for target in targets.values() if isinstance(target.star, str)})[:1]:
+    for star in sorted({target.picks for target in targets.values() if isinstance(target.picks, str)})[:1]:
         probe, options = f"{star}.probe", asked.options_for(star)
         put_object(probe, b"", options)
         with suppress(Exception):  # who may not delete has an empty object more

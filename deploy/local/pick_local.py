@@ -42,12 +42,12 @@ def main() -> int:
                 picks = pick(
                     tomogram, picker, options, scratch=asked.scratch, memory=asked.memory, client=client
                 )
-                write_picks(picks, target.star)
+                write_picks(picks, target.picks)
             except (ActionableError, OSError) as error:  # one bad tomogram must not cost the others
                 print(f"{source}: {error}", file=sys.stderr)
                 failed += 1
             else:
-                print(f"{len(picks)} picks -> {target.star}")
+                print(f"{len(picks)} picks -> {target.picks}")
     return 1 if failed else 0
 
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from tomocpt_stream.frame import Shape
     from tomocpt_stream.picks import Picks
 
-__all__ = ["FORMATS", "Format", "read_kinds", "read_picks", "write_picks"]
+__all__ = ["FORMATS", "Format", "Kind", "read_kinds", "read_picks", "render_picks", "write_picks"]
 
 Format = str
 SCORES = ".scores.csv"
@@ -41,7 +41,9 @@ SCORES = ".scores.csv"
 class Kind:
     """One format: the module that knows it, the suffixes that mean it, what is done with it.
 
-    `folder` says that it may be a folder of files, `beside` that scores may lie beside a file.
+    `folder` says that it may be a folder of files, `beside` that scores may lie beside a file, `written`
+    is the suffix that a file gets where it means another format, `project` that a folder is one of a
+    program's own, with files below it.
     """
 
     module: str
@@ -50,6 +52,13 @@ class Kind:
     writes: bool = True
     folder: bool = False
     beside: bool = False
+    written: str = ""
+    project: bool = False
+
+    @property
+    def suffix(self) -> str:
+        """The suffix of a file that is written in this format."""
+        return self.written or self.suffixes[0]
 
 
 FORMATS: dict[Format, Kind] = {
@@ -64,17 +73,17 @@ FORMATS: dict[Format, Kind] = {
     "tomoman": Kind("star", (".star",), writes=False),
     "imod": Kind("imod", (".mod",), folder=True),
     "imod_slicer": Kind("imod", (), writes=False, folder=True),
-    "copick": Kind("copick", (".json",), folder=True),
+    "copick": Kind("copick", (".json",), folder=True, project=True),
     "ndjson": Kind("portal_points", (".ndjson",), folder=True, beside=True),
     "csv": Kind("csv_dialects", (".csv",), beside=True),
     "tsv": Kind("csv_dialects", (".tsv",)),
-    "czii": Kind("csv_dialects", (), beside=True),
+    "czii": Kind("csv_dialects", (), beside=True, written=".csv"),
     "tardis": Kind("csv_dialects", (), writes=False),
-    "portal_csv": Kind("csv_dialects", (), folder=True, beside=True),
-    "napari": Kind("napari", ()),
+    "portal_csv": Kind("csv_dialects", (), folder=True, beside=True, written=".csv"),
+    "napari": Kind("napari", (), written=".csv"),
     "dynamo": Kind("dynamo", (".tbl",), writes=False),
     "coords": Kind("coords", (".coords",), folder=True, beside=True),
-    "deepetpicker": Kind("coords", (), folder=True, beside=True),
+    "deepetpicker": Kind("coords", (), folder=True, beside=True, written=".coords"),
 }
 """Every format by name; where several have a suffix, the first one is what is written without a name."""
 
@@ -187,9 +196,10 @@ def write_picks(  # noqa: PLR0913  (the public signature of the design)
     FormatError
         The format is not known, or the picks lack something that it must state.
     """
-    kind = _known(format, path, writing=True)
-    named = format or next(name for name, one in FORMATS.items() if one == kind)
-    asked = _asked(
+    folder, files = _rendered(
+        picks,
+        path,
+        format,
         tomograms,
         half_voxel=half_voxel,
         base_index=base_index,
@@ -198,10 +208,37 @@ def write_picks(  # noqa: PLR0913  (the public signature of the design)
         name_pattern=name_pattern,
         companion=_companion(path, tomograms) if optimisation_set else None,
     )
-    folder, name = _place(path)
-    files: dict[str, bytes] = _module(kind).render(_named(picks), named, asked, name)
     for key, data in files.items():
         _put(folder, key, data, storage_options)
+
+
+def render_picks(
+    picks: Picks | Mapping[str, Picks] | Iterable[Picks],
+    path: str | Path,
+    *,
+    format: Format | None = None,  # noqa: A002
+    tomograms: Tomograms | None = None,
+    **options: Any,
+) -> dict[str, bytes]:
+    """Return the files that `write_picks` would write, by their names beside or in `path`.
+
+    Options and errors are those of `write_picks`.
+    """
+    return _rendered(picks, path, format, tomograms, **options)[1]
+
+
+def _rendered(
+    picks: Picks | Mapping[str, Picks] | Iterable[Picks],
+    path: str | Path,
+    name: Format | None,
+    tomograms: Tomograms | None,
+    **options: Any,
+) -> tuple[str | Path, dict[str, bytes]]:
+    kind = _known(name, path, writing=True)
+    named = name or next(one for one, other in FORMATS.items() if other == kind)
+    folder, last = _place(path)
+    files: dict[str, bytes] = _module(kind).render(_named(picks), named, _asked(tomograms, **options), last)
+    return folder, files
 
 
 def _asked(tomograms: Tomograms | None, **options: Any) -> Asked:

@@ -73,7 +73,7 @@ class Places:
             raise lacking(name, self.where, "voxel size", "voxel_size= in Å")
         pixel = self.asked.pixel_size or size.pixel_size or said
         if pixel is None and (frame == "series" or self.dialect.nearer or self.asked.mean_binned):
-            raise lacking(name, self.where, "unbinned pixel size", "pixel_size= in Å")
+            raise lacking(name, self.where, "unbinned pixel size", "pixel_size= (--pixel-size) in Å")
         zero = np.zeros(3)
         if frame == "centred":
             if size.angstrom is None:
@@ -95,7 +95,7 @@ class Places:
         unit = voxel if unit is None else unit
         pixel = size.pixel_size or self.asked.pixel_size if self.dialect.frame == "export" else unit
         if self.asked.mean_binned and pixel is None:
-            raise lacking(name, self.where, "unbinned pixel size", "pixel_size= in Å")
+            raise lacking(name, self.where, "unbinned pixel size", "pixel_size= (--pixel-size) in Å")
         return Place(unit, voxel, np.zeros(3) - self._mean(voxel, pixel), voxel)
 
     def _mean(self, voxel: float, pixel: float | None) -> float:
