@@ -173,3 +173,45 @@ def test_the_command_reads_any_star_and_prints_how_to_open_it(
     assert len(rows) == (picks.score > 0.4).sum() < len(picks)
     found = read_picks("picks.star", voxel_size=SIZE, shape=SHAPE)["TS 01"].above(0.4)
     assert float(rows[0].attrib["x"]) == pytest.approx(found.zyx[0, 2] * SIZE, abs=1e-2)
+
+
+def test_edited_picks_get_their_scores_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    picks = table()
+    write_picks(picks, "picks.star")
+    kept = picks.zyx[[4, 0, 2]]
+    moved = np.concatenate([kept, [[1.0, 2.0, 3.0]]])
+    # As napari saves an edited layer: other rows, features of the last row for new points.
+    rows = [f"{i},{z},{y},{x},0.9" for i, (z, y, x) in enumerate(moved)]
+    (tmp_path / "edited.csv").write_text("\n".join(["index,axis-0,axis-1,axis-2,score", *rows]))
+    words = ["curate", "picks.star", "edited.csv", "curated.csv", "--edited-format", "napari"]
+    result = CliRunner().invoke(main, words, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    assert "TS 01: 3 kept, 1 added, 2 removed" in result.output
+    for row in (1, 3):
+        assert f"(score {picks.score[row]:.3g})" in result.output
+    found = read_picks("curated.csv")["TS 01"]
+    np.testing.assert_allclose(found.zyx, moved, atol=1e-4)
+    np.testing.assert_allclose(found.score, [*picks.score[[4, 0, 2]], 1], rtol=1e-5)
+    words = ["curate", "picks.star", "edited.csv", "edited.csv", "--edited-format", "napari"]
+    assert "is an input" in CliRunner().invoke(main, words).output
+    (tmp_path / "edited.csv").write_text("index,axis-0,axis-1,axis-2,score\n")
+    words = ["curate", "picks.star", "edited.csv", "none.csv", "--edited-format", "napari"]
+    assert "TS 01: 0 kept, 0 added, 5 removed" in CliRunner().invoke(main, words).output
+
+
+def test_picks_that_were_not_shown_were_not_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    picks = table()
+    write_picks([picks, table(tomogram="b")], "picks.star")
+    write_picks(picks.above(0.4), "edited.csv")
+    words = ["curate", "picks.star", "edited.csv", "curated.csv", "--threshold", "0.4"]
+    result = CliRunner().invoke(main, words, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    assert "0 added, 0 removed" in result.output
+    assert list(read_picks("curated.csv")) == ["TS 01"]
+    write_picks(table(tomogram="c"), "other.csv")
+    words = ["curate", "picks.star", "other.csv", "curated.csv"]
+    result = CliRunner().invoke(main, words)
+    assert result.exit_code == 1
+    assert "has picks of c, and picks.star of TS 01, b" in result.output

@@ -26,7 +26,7 @@ from tomocpt_stream.terminal import (
     show_warning,
     warn,
 )
-from tomocpt_stream.view_command import view_command
+from tomocpt_stream.view_command import curate_command, view_command
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -199,6 +199,7 @@ main.add_command(portal)
 main.add_command(convert)
 main.add_command(evaluate_command)
 main.add_command(view_command)
+main.add_command(curate_command)
 
 
 @main.command("inspect", short_help="Say what a tomogram is and what picking costs.")

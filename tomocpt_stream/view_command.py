@@ -1,7 +1,8 @@
-"""The command `view`: files that open a tomogram with its picks in another program."""
+"""The commands `view` and `curate`: picks in another program, and what somebody changed there."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,8 +49,8 @@ LENGTH = click.FloatRange(min=0, min_open=True)
 def view_command(source: str, picks: Path, viewer: Any, diameter: float, **settings: Any) -> None:
     """Write files that show TOMOGRAM with its PICKS, and print the command that opens them.
 
-    Nothing is started. Points that are edited there and saved are read by `convert` and `evaluate` as
-    any other picks.
+    Nothing is started. Points that are edited there and saved are read as any other picks; `curate`
+    gives them their scores back, and says what was changed.
     """
     from tomocpt_stream.tomogram import open_tomogram
     from tomocpt_stream.viewers import picks_of, write_view
@@ -62,6 +63,64 @@ def view_command(source: str, picks: Path, viewer: Any, diameter: float, **setti
     view = write_view(tomogram, shown, settings["output"], viewer=viewer, diameter=diameter)
     click.echo(f"{count(len(shown), 'pick')} -> {', '.join(map(str, view.files))}")
     click.echo(view.command)
+
+
+@click.command("curate", short_help="Say what was changed in picks that somebody edited.")
+@click.argument("written", metavar="PICKS", type=click.Path(exists=True, path_type=Path))
+@click.argument("edited", metavar="EDITED", type=click.Path(exists=True, path_type=Path))
+@click.argument("output", metavar="OUT.csv", type=click.Path(dir_okay=False, path_type=Path))
+@click.option("--format", "kind", metavar="NAME", help="Format of PICKS, where its suffix does not say.")
+@click.option("--edited-format", metavar="NAME", help="Format of EDITED, where its suffix does not say.")
+@click.option("--threshold", type=float, help="That of `view`: picks below it were not shown.")
+@click.option("--voxel-size", type=LENGTH, metavar="Å", help="Voxel size in Å, where a file does not say it.")
+@click.option("--shape", type=click.IntRange(min=1), nargs=3, help="Voxels along z, y, x, likewise.")
+def curate_command(written: Path, edited: Path, output: Path, **settings: Any) -> None:
+    """Compare EDITED with the PICKS that it was made of, and write a table of what there is now.
+
+    Picks that are where they were keep their scores, added ones are marked manual with score 1, removed
+    ones are listed. The table serves as labels: `read_picks` takes it without those that were removed.
+    Tomograms of which EDITED has nothing are left out, unless PICKS has no other.
+    """
+    import numpy as np
+
+    from tomocpt_stream.curation import curate, write_curated
+    from tomocpt_stream.destinations import refuse_overwriting
+    from tomocpt_stream.formats import read_picks
+
+    refuse_overwriting([str(written), str(edited)], output)
+    if output.suffix.lower() != ".csv":
+        raise click.UsageError(f"{output} takes a table, so that its name must end in .csv.")
+    sizes = {"voxel_size": settings["voxel_size"], "shape": settings["shape"]}
+    before = read_picks(written, format=settings["kind"], **sizes)
+    if settings["threshold"] is not None:
+        before = {name: table.above(settings["threshold"]) for name, table in before.items()}
+    now = read_picks(edited, format=settings["edited_format"], **sizes)
+    names = {name: _called(name, before, now) for name in before}
+    if not now and len(before) == 1:  # all were removed
+        now = {name: table.take(np.zeros(len(table), bool)) for name, table in before.items()}
+    if not now or (strange := sorted(set(now) - set(names.values()))):
+        raise FormatError(
+            f"{edited} has picks of {', '.join(strange[:10]) if now else 'no tomogram'}, and {written} of "
+            f"{', '.join(sorted(before)[:10])}",
+            expected="the same tomograms in both",
+            remedy="give the file that was edited, and the one that it was made of",
+        )
+    found = [
+        curate(before[name], replace(now[called], tomogram=name))
+        for name, called in names.items()
+        if called in now
+    ]
+    write_curated(found, output)
+    for one in found:
+        click.echo(one)
+        for (z, y, x), score in zip(one.removed.zyx, one.removed.score, strict=True):
+            click.echo(f"  removed: x {x:.1f}, y {y:.1f}, z {z:.1f} (score {score:.3g})")
+    click.echo(f"table -> {output}")
+
+
+def _called(name: str, before: dict[str, Picks], now: dict[str, Picks]) -> str:
+    """Return what the edited file calls a tomogram: where each has one, it is the same one."""
+    return next(iter(now)) if len(before) == len(now) == 1 else name
 
 
 def _read(path: Path, kind: str | None, tomograms: Path | None, tomogram: Tomogram) -> dict[str, Picks]:

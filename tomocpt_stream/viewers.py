@@ -144,7 +144,11 @@ viewer.add_points(
     name="picks",
     scale=({size!r},) * 3,
     size={diameter / size!r},
-    features={{"score": picks.score, "particle": [picks.particle] * len(picks)}},
+    features={{
+        "score": picks.score,
+        "tomogram": [picks.tomogram] * len(picks),
+        "particle": [picks.particle] * len(picks),
+    }},
     face_color="transparent",
     border_color="score",
     border_colormap={_COLOURS!r},
