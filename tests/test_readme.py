@@ -1,4 +1,4 @@
-"""The README: its example runs, its commands parse, its table names every module."""
+"""The README: its example runs, its commands parse, its tables name every format, option and module."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 import tomocpt_stream
 from tests.blobs import NamedBlobPicker, blobs
 from tomocpt_stream.__main__ import main
-from tomocpt_stream.formats import read_picks
+from tomocpt_stream.formats import FORMATS, read_picks
 from tomocpt_stream.phantom import write_mrc
 
 ROOT = Path(__file__).parents[1]
@@ -61,7 +61,8 @@ def test_there_are_commands() -> None:
 @pytest.mark.parametrize("line", COMMANDS)
 def test_the_commands_parse(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("ribosomes.json").touch()
+    for name in ("ribosomes.json", "tomograms.star"):
+        Path(name).touch()
     name, *words = shlex.split(line, comments=True)[1:]
     command = main.commands[name]
     if isinstance(command, click.Group):
@@ -81,14 +82,33 @@ def test_the_options_of_the_table_are_those_of_the_command() -> None:
 def test_every_module_is_in_the_table() -> None:
     package = Path(tomocpt_stream.__file__).parent
     modules = {path.stem for path in package.glob("*.py")} - {"__init__"} | {"formats"}
-    rows = re.findall(r"^\| ((?:`\w+` ?)+)\|", README.split("## Modules")[1], flags=re.MULTILINE)
+    rows = re.findall(
+        r"^\| ((?:`\w+` ?)+)\|",
+        (ROOT / "ARCHITECTURE.md").read_text().split("## Modules")[1].split("## ")[0],
+        flags=re.MULTILINE,
+    )
     named = [name for row in rows for name in re.findall(r"`(\w+)`", row)]
     assert len(named) == len(set(named))
     assert set(named) == modules
 
 
+def test_every_format_is_in_the_table() -> None:
+    rows = re.findall(
+        r"^\| ((?:`[\w-]+` ?)+)\| `\.", README.split("## Coordinate files")[1], flags=re.MULTILINE
+    )
+    named = [name for row in rows for name in re.findall(r"`([\w-]+)`", row)]
+    assert sorted(named) == sorted(set(FORMATS) - {"imod_slicer"})
+
+
+def test_every_module_of_the_formats_is_in_its_table() -> None:
+    folder = Path(tomocpt_stream.__file__).parent / "formats"
+    table = (ROOT / "ARCHITECTURE.md").read_text().split("## Formats")[1]
+    named = re.findall(r"`(\w+)`", "".join(re.findall(r"^\| (`.*?) \|", table, flags=re.MULTILINE)))
+    assert sorted(named) == sorted(path.stem for path in folder.glob("*.py") if path.stem != "__init__")
+
+
 def test_the_readme_stays_short() -> None:
-    assert len(README.splitlines()) <= 180
+    assert len(README.splitlines()) <= 190
 
 
 @pytest.mark.parametrize("name", re.findall(r"`make (\w+)`|^    make (\w+)", README, flags=re.MULTILINE))
