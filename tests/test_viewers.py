@@ -90,7 +90,7 @@ def test_the_script_for_napari_shows_what_it_should(
         def add_image(self, data: Any, **settings: Any) -> None:
             shown["image"] = settings | {"data": data.compute()}
 
-        def add_points(self, data: Any, **settings: Any) -> None:
+        def add_points(self, data: Any = None, **settings: Any) -> None:
             shown["points"] = settings | {"data": data}
 
     napari: Any = types.ModuleType("napari")
@@ -109,6 +109,10 @@ def test_the_script_for_napari_shows_what_it_should(
     assert -3.5 < low < -1.5
     assert 1.5 < high < 3.5
     assert shown["ran"]
+    view = write_view(tomogram, table(0), tmp_path / "none", viewer="napari", diameter=100)
+    runpy.run_path(str(view.files[1]), run_name="__main__")
+    assert shown["points"]["data"] is None or len(shown["points"]["data"]) == 0
+    assert shown["points"]["name"] == "picks"
 
 
 @pytest.mark.parametrize("viewer", VIEWERS)

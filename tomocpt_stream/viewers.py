@@ -130,7 +130,7 @@ from tomocpt_stream import open_tomogram, read_picks
 
 tomogram = open_tomogram({tomogram.source!r}, voxel_size={size!r}, name={tomogram.name!r})
 points = Path(__file__).parent / {points.name!r}
-(picks,) = read_picks(points, format="napari", voxel_size={size!r}).values()
+tables = read_picks(points, format="napari", voxel_size={size!r})
 
 viewer = napari.Viewer(title={tomogram.name!r})
 viewer.add_image(
@@ -139,21 +139,22 @@ viewer.add_image(
     scale=({size!r},) * 3,
     contrast_limits=({float(low)!r}, {float(high) if high > low else float(low) + 1!r}),
 )
-viewer.add_points(
-    picks.zyx,
-    name="picks",
-    scale=({size!r},) * 3,
-    size={diameter / size!r},
-    features={{
-        "score": picks.score,
-        "tomogram": [picks.tomogram] * len(picks),
-        "particle": [picks.particle] * len(picks),
-    }},
-    face_color="transparent",
-    border_color="score",
-    border_colormap={_COLOURS!r},
-    out_of_slice_display=True,
-)
+shown = dict(name="picks", scale=({size!r},) * 3, size={diameter / size!r}, out_of_slice_display=True)
+for picks in tables.values():
+    viewer.add_points(
+        picks.zyx,
+        features={{
+            "score": picks.score,
+            "tomogram": [picks.tomogram] * len(picks),
+            "particle": [picks.particle] * len(picks),
+        }},
+        face_color="transparent",
+        border_color="score",
+        border_colormap={_COLOURS!r},
+        **shown,
+    )
+if not tables:  # a layer to put points on
+    viewer.add_points(ndim=3, **shown)
 
 if __name__ == "__main__":
     napari.run()
