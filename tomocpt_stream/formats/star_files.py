@@ -82,7 +82,7 @@ def _written(picks: Sequence[Picks], dialect: Dialect, asked: Asked) -> list[_Wr
         if size.voxel_size is None:
             raise lacking(table.tomogram, "the table of picks", "voxel size", "picks with a voxel_size")
         if dialect.frame == "centred" and size.angstrom is None:
-            raise lacking(table.tomogram, "the table of picks", "size", "picks with a shape")
+            raise lacking(table.tomogram, "the table of picks", "size", "picks with a shape (--shape)")
         if asked.pixel_size is not None and size.pixel_size is None:
             size = replace(size, pixel_size=asked.pixel_size)
         place = _in_its_own_voxels(places, dialect).of(table.tomogram, size, None)
