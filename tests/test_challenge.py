@@ -65,16 +65,32 @@ def test_a_worked_example() -> None:
     # F = 17 p r / (16 p + r): p = 3/5, r = 3/4 gives 7.65/10.35 = 17/23; p = 1/3, r = 1/2 gives 17/35.
     assert found.kinds["apo-ferritin"].fbeta() == pytest.approx(17 / 23)
     assert found.kinds["ribosome"].fbeta() == pytest.approx(17 / 35)
-    # Weights 1, 2, 1, 2, 1 (and 0 for the amylase, which is perfect).
-    assert found.score == pytest.approx((17 / 23 + 17 / 35) / 7)
+    # Weights 1, 1 and 2 (0 for the amylase, which is perfect; no part for the kinds without truth).
+    assert found.score == pytest.approx((17 / 23 + 17 / 35) / 4)
 
 
 def test_everything_right_is_1_for_the_kinds_that_are_there() -> None:
     all_kinds = {name: _points([0, 1000]) for name in KINDS}
     assert challenge_score(all_kinds, all_kinds).score == pytest.approx(1.0)
     some = {name: table for name, table in all_kinds.items() if name != "thyroglobulin"}
-    assert challenge_score(all_kinds, some).score == pytest.approx(5 / 7)
+    assert challenge_score(some, all_kinds).score == pytest.approx(5 / 7)
     assert challenge_score({}, all_kinds).score == 0.0
+
+
+@pytest.mark.parametrize("nothing", [{}, {"thyroglobulin": _points([])}])
+def test_a_kind_without_truth_has_no_part_in_the_mean(nothing: dict[str, dict[str, Picks]]) -> None:
+    picks = {"ribosome": _points([0, 500]), "thyroglobulin": _points([0])}
+    found = challenge_score(picks, {"ribosome": _points([0]), **nothing})
+    assert found.kinds["thyroglobulin"].fp == 1
+    assert found.score == pytest.approx(17 / 18)
+
+
+def test_exactly_half_the_radius_is_near_whatever_the_voxels() -> None:
+    places = np.zeros((500, 3))
+    places[:, 2] = np.arange(500) * 1000.1
+    truth = Picks(places / 10.012, np.ones(500, np.float32), voxel_size=10.012)
+    picks = Picks((places + np.array([0, 0, 30])) / 10.012, np.ones(500, np.float32), voxel_size=10.012)
+    assert challenge_score({"apo-ferritin": {"a": picks}}, {"apo-ferritin": {"a": truth}}).score == 1.0
 
 
 def test_one_pick_near_two_particles_hits_both() -> None:
@@ -88,5 +104,7 @@ def test_one_pick_near_two_particles_hits_both() -> None:
 def test_unknown_kinds_and_weights_without_sense_are_refused() -> None:
     with pytest.raises(SourceError, match="particles called spike; expected one of apo-ferritin"):
         challenge_score({"spike": _points([0])}, {"ribosome": _points([0])})
-    with pytest.raises(SourceError, match="weights"):
-        challenge_score({}, {"a": _points([0])}, kinds={"a": Kind(10.0, 0.0)})
+    with pytest.raises(SourceError, match="truth of a, with weights"):
+        challenge_score({}, {"a": _points([0])}, kinds={"a": Kind(10.0, 0.0), "b": Kind(10.0, 1.0)})
+    with pytest.raises(SourceError, match="truth of no particle"):
+        challenge_score({"ribosome": _points([0])}, {})

@@ -3,7 +3,8 @@
 A pick is near a particle within half the particle's radius. Hits are particles with a pick near, each
 once; all other picks are false, so that a second pick on a particle is. Nothing is assigned: a single
 pick near two particles hits both, and precision may exceed 1 then. Counts are pooled over the
-tomograms, F-beta (beta 4) is taken for each kind of particle, and their mean is weighted.
+tomograms, F-beta (beta 4) is taken for each kind of particle that the truth has, and their mean is
+weighted.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from tomocpt_stream.picks import Picks
 
 BETA = 4.0
+_SLACK = 1e-9  # of the distance: Å that were voxels in between must not fail by rounding
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ class KindScore:
 
 @dataclass(frozen=True)
 class ChallengeScore:
-    """The counts of each kind and their weighted mean F-beta."""
+    """The counts of each kind, and the weighted mean F-beta of those that the truth has."""
 
     kinds: dict[str, KindScore]
     score: float
@@ -83,11 +85,11 @@ def challenge_score(
 ) -> ChallengeScore:
     """Score picks of several kinds: particle -> tomogram -> Picks, on both sides.
 
-    Tomograms that the truth does not name for any kind are left out. A kind without truth scores 0 and
-    keeps its weight, as in the challenge.
+    Tomograms that the truth does not name for any kind are left out. A kind of which the truth has no
+    particle is counted but has no part in the mean, as in the challenge.
 
-    Raises SourceError for a kind that is not in `kinds`, weights that sum to 0, or tables without a
-    voxel size.
+    Raises SourceError for a kind that is not in `kinds`, weights of the kinds in the truth that sum to 0,
+    or tables without a voxel size.
     """
     if strange := sorted({*picks, *truth} - {*kinds}):
         raise SourceError(
@@ -95,15 +97,22 @@ def challenge_score(
             expected=f"one of {', '.join(kinds)}",
             remedy="rename them, or pass kinds= with their radius and weight",
         )
-    total = sum(kind.weight for kind in kinds.values())
+    weights = {
+        name: kind.weight for name, kind in kinds.items() if any(map(len, truth.get(name, {}).values()))
+    }
+    total = sum(weights.values())
     if not total > 0:
-        raise SourceError("weights that sum to 0", expected="a positive weight", remedy="weigh a kind")
+        raise SourceError(
+            f"truth of {', '.join(weights) or 'no particle'}, with weights that sum to 0",
+            expected="particles of a kind with a positive weight",
+            remedy="add their truth, or weigh a kind",
+        )
     tomograms = {name for tables in truth.values() for name in tables}
     scores = {
         name: _score(picks.get(name, {}), truth.get(name, {}), tomograms, kind.radius / 2)
         for name, kind in kinds.items()
     }
-    mean = sum(kind.weight * scores[name].fbeta(beta) for name, kind in kinds.items()) / total
+    mean = sum(weight * scores[name].fbeta(beta) for name, weight in weights.items()) / total
     return ChallengeScore(scores, mean)
 
 
@@ -119,5 +128,6 @@ def _hits(picks: Picks, truth: Picks, tolerance: float) -> int:
     """Return how many true particles have a pick at most `tolerance` away."""
     if not len(picks) or not len(truth):
         return 0
-    near = cKDTree(picks.angstrom()).query_ball_point(truth.angstrom(), tolerance, return_length=True)
+    reach = tolerance * (1 + _SLACK)
+    near = cKDTree(picks.angstrom()).query_ball_point(truth.angstrom(), reach, return_length=True)
     return int((near > 0).sum())
