@@ -147,6 +147,8 @@ def test_units_must_agree() -> None:
         match(_line(1), replace(_line(1), voxel_size=None), tolerance=1)
     with pytest.raises(SourceError, match="picks without a voxel size"):
         match(replace(_line(1), voxel_size=None), _line(1), tolerance=1)
+    nothing = replace(_line(), voxel_size=None)
+    assert match(nothing, _line(1), tolerance=1).fn == match(_line(1), nothing, tolerance=1).fp == 1
 
 
 @pytest.mark.parametrize("tolerance", [-1.0, float("nan"), float("inf")])

@@ -189,7 +189,7 @@ def test_picks_are_asked_one_by_one_by_the_nearest_voxel(tmp_path: Path) -> None
                 np.testing.assert_array_equal(inside(replace(picks, shape=shape), path), expected)
     outside = replace(picks, zyx=np.tile([[-1.0, 3.0, 3.0], [3.0, 3.0, 14.0], [3.0, 3.0, 3.0]], (100, 1)))
     assert not inside(replace(outside, shape=(10, 12, 14)), np.ones((10, 12, 14)))[:2].any()
-    assert len(inside(picks.take(np.zeros(0, np.intp)), path)) == 0
+    assert len(inside(replace(picks.take(np.zeros(0, np.intp)), voxel_size=None), path)) == 0
 
 
 def test_masks_that_do_not_fit_picks_are_refused(tmp_path: Path) -> None:

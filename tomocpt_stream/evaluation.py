@@ -103,7 +103,7 @@ def match(picks: Picks, truth: Picks, *, tolerance: float) -> Match:
     Raises
     ------
     SourceError
-        One side has a voxel size and the other has none.
+        One side has a voxel size and the other, which is not empty, has none.
     PlanError
         The tolerance is negative or not finite, or more than 20 million pairs are within it.
     """
@@ -234,8 +234,8 @@ def _listed(names: Iterable[str]) -> str:
 
 def _positions(picks: Picks, truth: Picks) -> tuple[Points, Points]:
     known = [table.voxel_size is not None for table in (picks, truth)]
-    if not any(known):
-        return picks.zyx, truth.zyx
+    if not any(known) or not len(picks) or not len(truth):
+        return picks.zyx, truth.zyx  # of nothing there is no distance
     if not all(known):
         without = "truth" if known[0] else "picks"
         raise SourceError(

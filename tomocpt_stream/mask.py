@@ -186,6 +186,8 @@ def inside(picks: Picks, mask: MaskLike) -> npt.NDArray[np.bool_]:
     Raises SourceError where the picks have no voxel size or the mask does not fit their tomogram.
     """
     voxel_size = picks.voxel_size
+    if not len(picks):
+        return np.zeros(0, dtype=bool)
     if voxel_size is None:
         raise SourceError(
             f"picks of {picks.tomogram or 'a tomogram'} without a voxel size, and a mask",
