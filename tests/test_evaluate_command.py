@@ -92,7 +92,10 @@ def test_the_sweep_evaluates_at_its_best_threshold(files: tuple[Path, Path], tmp
     assert facts["threshold"] == facts["best_of_the_curve"]["threshold"]
     assert facts["threshold_chosen_on_these_tomograms"] is True
     assert "the best for these very tomograms" in result.stdout
-    again = _run(*files, "--threshold", facts["threshold"], "--output", tmp_path)
+    assert facts["best_of_the_curve"]["tp"] == facts["pooled"]["tp"]
+    assert isinstance(facts["best_of_the_curve"]["tp"], int)
+    (printed,) = (line for line in result.stdout.splitlines() if line.startswith("picks above"))
+    again = _run(*files, "--threshold", printed.split()[2].rstrip(","), "--output", tmp_path)
     assert _facts(tmp_path)["pooled"] == facts["pooled"]
     assert "very tomograms" not in again.stdout
     _run(*files, "--sweep", "--percentiles", "--output", tmp_path)
@@ -118,6 +121,29 @@ def test_folders_and_sides_that_do_not_meet(tmp_path: Path) -> None:
     write_picks(picks["TS_1"], tmp_path / "picks" / "again.star")
     twice = _run(tmp_path / "picks", tmp_path / "truth.star", code=1)
     assert "has picks on TS_1 twice, the last in" in twice.stderr
+
+
+def test_a_folder_may_hold_scores_and_hidden_files(tmp_path: Path) -> None:
+    picks, truth = _tables()
+    folder = tmp_path / "picks"
+    write_picks(picks, folder, format="coords")
+    assert (folder / "TS_1.coords.scores.csv").exists()
+    (folder / "._TS_1.coords").write_bytes(b"\0\5")
+    write_picks(truth, tmp_path / "truth.star")
+    out = tmp_path / "out"
+    _run(folder, tmp_path / "truth.star", "--voxel-size", VOXEL, "--threshold", 0.5, "--output", out)
+    above = {name: table.above(0.5) for name, table in picks.items()}
+    assert _facts(out)["pooled"]["tp"] == evaluate(above, truth, tolerance=100).pooled.tp
+    for kind in ("coords", "copick"):
+        (tmp_path / kind).mkdir()
+    (tmp_path / "coords" / "TS_1.coords").touch()  # nothing picked, and no voxel size
+    _run(tmp_path / "coords", tmp_path / "truth.star", "--output", out)
+    assert _facts(out)["pooled"]["fn"] == 60
+    write_picks(picks, tmp_path / "copick", format="copick")
+    refused = _run(tmp_path / "copick", tmp_path / "truth.star", code=1)
+    assert "without a coordinate file" in refused.stderr
+    assert "give --format" in refused.stderr
+    _run(tmp_path / "copick", tmp_path / "truth.star", "--format", "copick", "--output", out)
 
 
 def test_names_without_a_counterpart_are_listed(files: tuple[Path, Path], tmp_path: Path) -> None:
@@ -186,6 +212,10 @@ def test_what_cannot_be_done_is_refused(files: tuple[Path, Path], tmp_path: Path
     picks, truth = files
     assert "no file" in _run(picks, tmp_path / "no.star", code=1).stderr
     assert "finite" in _run(picks, truth, "--threshold", "nan", code=2).stderr
+    for length in ("nan", "inf"):
+        words = ["evaluate", str(picks), str(truth), "--diameter", length, "--tolerance", "9"]
+        result = CliRunner().invoke(main, words)
+        assert (result.exit_code, "--diameter takes" in result.stderr) == (2, True)
     (tmp_path / "curve.csv").write_text("mine")
     refused = _run(tmp_path / "curve.csv", truth, "--output", tmp_path, code=1)
     assert "is an input" in refused.stderr

@@ -91,6 +91,8 @@ def evaluate_command(picks: str, truth: str, **settings: Any) -> None:
     output: Path = settings["output"]
     inputs = [path for path in (picks, truth, *settings["tomograms"], settings["mask"]) if path]
     refuse_overwriting(inputs, *(output / name for name in _FILES))
+    if not math.isfinite(settings["diameter"]):
+        raise click.UsageError("--diameter takes a finite length in Å.")
     if settings["threshold"] is not None and not math.isfinite(settings["threshold"]):
         raise click.UsageError("--threshold takes a finite number.")
     if settings["sweep"] and settings["threshold"] is not None:
@@ -135,7 +137,7 @@ class _Comparison:
         columns += [f"F{beta:g}"] if beta != 1 else []
         rows = [(name or "?", one) for name, one in matches.items()] + [("pooled", self.result.pooled)]
         print_table([*columns, "mean Å", "RMSE Å"], [_row(name, one, beta) for name, one in rows])
-        above = "all picks" if self.threshold is None else f"picks above {self.threshold:.6g}"
+        above = "all picks" if self.threshold is None else f"picks above {self.threshold:.9g}"
         click.echo(f"{above}, matched one to one within {self.settings['tolerance']:g} Å")
         for name, label in (("fbeta", f"F{beta:g}"), ("average_precision", "average precision")):
             click.echo(f"{label} {_with_bounds(self.intervals[name])}")
@@ -170,7 +172,8 @@ class _Comparison:
         facts |= {"pooled": self._figures(self.result.pooled), "tomograms": tomograms}
         facts["without_truth"], facts["without_picks"] = self.result.without_truth, self.result.without_picks
         facts["intervals_95"] = {name: asdict(one) for name, one in self.intervals.items()}
-        facts["best_of_the_curve"] = best_row(self.curve).to_dict()
+        best = self.curve.index == best_row(self.curve).name
+        facts["best_of_the_curve"] = self.curve[best].to_dict("records")[0]
         return facts
 
     def _figures(self, one: Match) -> dict[str, float]:
@@ -258,7 +261,7 @@ def _read(side: str, path: str, settings: Mapping[str, Any]) -> dict[str, Picks]
 
 def _files(path: str, kind: str | None) -> list[str]:
     """Return the coordinate files of a folder, or what is itself one."""
-    from tomocpt_stream.formats import FORMATS
+    from tomocpt_stream.formats import FORMATS, SCORES
     from tomocpt_stream.remote import is_remote
 
     place = Path(path)
@@ -267,9 +270,18 @@ def _files(path: str, kind: str | None) -> list[str]:
     readable = [one for name, one in FORMATS.items() if one.reads and kind in (None, name)]
     suffixes = {suffix for one in readable for suffix in one.suffixes if suffix}
     found = sorted(
-        str(file) for file in place.iterdir() if file.suffix.lower() in suffixes and file.is_file()
+        str(file)
+        for file in place.iterdir()
+        if file.suffix.lower() in suffixes and file.is_file()
+        if not (file.name.startswith(".") or file.name.lower().endswith(SCORES))
     )
-    return found or [path]
+    if not found:
+        raise FormatError(
+            f"the folder {path} without a coordinate file",
+            expected=f"files that end in {', '.join(sorted(suffixes)) or 'nothing'}",
+            remedy="for a folder of another kind (copick, ndjson and others) give --format or --truth-format",
+        )
+    return found
 
 
 def _masks(mask: str | None, truth: Mapping[str, Picks]) -> str | dict[str, str] | None:
