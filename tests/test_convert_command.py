@@ -94,6 +94,13 @@ def test_one_kind_of_several() -> None:
     assert [len(table) for table in read_kinds("out", format="ndjson")] == [2, 3]
     run("a.csv", "b.ndjson", "--particle", "b")
     assert len(read_picks("b.ndjson")["TS_01"]) == 2
+    Path("classes.star").write_text(
+        "data_particles\n\nloop_\n_rlnMicrographName #1\n_rlnCoordinateX #2\n_rlnCoordinateY #3\n"
+        "_rlnCoordinateZ #4\n_rlnClassNumber #5\nTS_1 10 20 30 3\nTS_1 40 50 60 5\n"
+    )
+    run("classes.star", "one.csv", "--particle", "5", "--voxel-size", "10")
+    (kept,) = read_kinds("one.csv")
+    assert (kept.particle, kept.zyx.tolist()) == ("5", [[60, 50, 40]])
     assert "no 'c' among 'b', 'ribosome'" in run("a.csv", "c.ndjson", "--particle", "c", code=2).output
     assert "2 tables of picks" in run("a.csv", "c.ndjson", code=1).output
     assert not Path("c.ndjson").exists()

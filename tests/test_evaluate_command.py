@@ -235,6 +235,14 @@ def test_one_kind_of_particle_is_taken(files: tuple[Path, Path], tmp_path: Path)
     assert list(_facts(out)["tomograms"]) == ["TS_2"]
     assert _facts(out)["pooled"]["truth"] == 30
     assert "'VLP' and of 'ribosome'" in _run(files[0], tmp_path / "kinds.csv", code=1).stderr
+    classes = tmp_path / "classes.star"
+    classes.write_text(
+        "data_particles\n\nloop_\n_rlnMicrographName #1\n_rlnCoordinateX #2\n_rlnCoordinateY #3\n"
+        "_rlnCoordinateZ #4\n_rlnClassNumber #5\nTS_1 10 20 30 3\nTS_1 40 50 60 5\nTS_2 1 2 3 3\n"
+    )
+    of_class = ("--truth-voxel-size", 10, "--particle", 3, "--output", out)
+    _run(files[0], classes, *of_class)  # the picks have no classes
+    assert [one["truth"] for one in _facts(out)["tomograms"].values()] == [1, 1]
     strange = _run(files[0], tmp_path / "kinds.csv", "--particle", "spike", code=1)
     assert "no truth of 'spike'" in strange.stderr
     assert "'VLP', 'ribosome'" in strange.stderr

@@ -475,3 +475,5 @@ def test_the_truth_of_simulated_tomograms_reads(shared_data: Path) -> None:
     assert list(found) == ["sim_val_1"]
     assert len(found["sim_val_1"]) == 80
     assert found["sim_val_1"].zyx[0].tolist() == [71.0, 208.0, 198.0]
+    classes = [len(read_picks(path, particle=f"{i}")["sim_val_1"]) for i in range(1, 7)]
+    assert classes == [14, 20, 14, 12, 6, 14]

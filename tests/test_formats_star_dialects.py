@@ -10,7 +10,7 @@ import starfile
 from scipy.spatial.transform import Rotation
 
 from tomocpt_stream.errors import FormatError
-from tomocpt_stream.formats import read_picks, write_picks
+from tomocpt_stream.formats import read_kinds, read_picks, write_picks
 from tomocpt_stream.picks import Picks
 
 if TYPE_CHECKING:
@@ -265,3 +265,25 @@ def test_template_matching_of_warp_1(shared_data: Path) -> None:
     assert found.rotations is not None
     first = Rotation.from_euler("ZYZ", [-99.6571, 20.108, 40.554], degrees=True).inv().as_matrix()
     np.testing.assert_allclose(found.rotations[0], first, atol=1e-9)
+
+
+def test_a_class_is_a_kind_for_who_asks_for_it(tmp_path: Path) -> None:
+    path, columns = tmp_path / "a.star", ("CoordinateX", "CoordinateY", "CoordinateZ", "MicrographName")
+    head = "\n".join(["data_particles", "loop_", *(f"_rln{one}" for one in (*columns, "ClassNumber"))])
+    path.write_text(f"{head}\n1 2 3 a 4\n4 5 6 b 2\n7 8 9 a 2\n1 1 1 a 4\n")
+    assert {name: len(table) for name, table in read_picks(path).items()} == {"a": 3, "b": 1}
+    assert {table.particle for table in read_kinds(path)} == {""}
+    found = read_picks(path, particle="4")
+    assert list(found) == ["a"]
+    assert found["a"].particle == "4"
+    assert found["a"].zyx.tolist() == [[3, 2, 1], [1, 1, 1]]
+    assert {name: len(table) for name, table in read_picks(path, particle="2").items()} == {"a": 1, "b": 1}
+    with pytest.raises(FormatError, match="no particle of class 7; expected one of its classes: 2, 4"):
+        read_picks(path, particle="7")
+    with pytest.raises(FormatError, match="no picks of 'ribosome'"):
+        read_picks(path, particle="ribosome")
+    assert len(read_kinds(path, particle="ribosome")) == 2  # which evaluate takes for that kind
+    path.write_text(f"{head}\n1 2 3 a 4\n4 5 6 b x\n")
+    assert len(read_picks(path)) == 2
+    with pytest.raises(FormatError, match=r"row 2 of .* has rlnClassNumber 'x'"):
+        read_picks(path, particle="4")

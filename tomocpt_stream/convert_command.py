@@ -66,7 +66,7 @@ MRC = (".mrc", ".map", ".rec")
 @click.option(
     "--base-index", type=click.IntRange(0, 1), help="What a Dynamo table calls the first voxel: 0 or 1."
 )
-@click.option("--particle", metavar="NAME", help="Only this kind of particle.  [default: all]")
+@click.option("--particle", metavar="NAME", help="Only this kind, or STAR class.  [default: all]")
 @click.option("--threshold", type=float, help="Only picks with a score above this.  [default: all]")
 @click.option(
     "--like",
@@ -116,7 +116,7 @@ def _write_picks(source: str, output: str, **asked: Any) -> None:
     particle, threshold, written = (asked.pop(name) for name in ("particle", "threshold", "written"))
     files, beside = asked.pop("tomograms"), asked.pop("optimisation_set")
     asked["tomograms"] = (files[0] if len(files) == 1 else files) or None
-    tables = read_kinds(source, format=asked.pop("read"), **asked)
+    tables = read_kinds(source, format=asked.pop("read"), particle=particle, **asked)
     kinds = sorted({table.particle for table in tables})
     if particle is not None:
         tables = [table for table in tables if table.particle == particle]

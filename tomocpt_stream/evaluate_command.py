@@ -59,7 +59,7 @@ _FEW = 10  # tomograms below which an interval is said to rest on few
     metavar="FILE",
     help="Picks and particles count where it is not 0; {tomogram} in it stands for the name of each.",
 )
-@click.option("--particle", metavar="NAME", help="Only this kind, and what names no kind.")
+@click.option("--particle", metavar="NAME", help="Only this kind (or STAR class), and what names none.")
 @click.option("--voxel-size", type=LENGTH, metavar="Å", help="Of the picks, instead of the file's.")
 @click.option("--truth-voxel-size", type=LENGTH, metavar="Å", help="Of the truth, instead of the file's.")
 @click.option(
@@ -230,6 +230,7 @@ def _read(side: str, path: str, settings: Mapping[str, Any]) -> dict[str, Picks]
     options = {
         "voxel_size": settings[f"{prefix}voxel_size"],
         "tomograms": list(settings["tomograms"]) or None,
+        "particle": particle,
     }
     read = [(file, one) for file in _files(path, kind) for one in read_kinds(file, format=kind, **options)]
     kept = [(file, one) for file, one in read if particle is None or one.particle in (particle, "")]

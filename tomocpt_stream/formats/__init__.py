@@ -112,7 +112,8 @@ def read_picks(  # noqa: PLR0913  (the public signature of the design)
     tomograms. `pixel_size` (Å) is what the file's coordinates count where that is not voxels of the
     tomogram: the tilt series' pixels, mostly. `mean_binned` and `name_pattern` are those of `Asked`. An
     argument comes before what the file says. Picks of a file without scores have score 1. `particle` is
-    the kind of particle that is wanted, of a file that has several.
+    the kind of particle that is wanted, of a file that has several; a number is a class of a STAR file,
+    whose classes are one table without it.
 
     Raises
     ------
@@ -129,6 +130,7 @@ def read_picks(  # noqa: PLR0913  (the public signature of the design)
         pixel_size=pixel_size,
         mean_binned=mean_binned,
         name_pattern=name_pattern,
+        particle=particle,
     )
     tables = _read(path, format, asked, storage_options)
     if particle is not None:
@@ -163,7 +165,7 @@ def read_kinds(
 ) -> list[Picks]:
     """Read all picks of a coordinate file: a table for each tomogram and kind of particle.
 
-    Options and errors are those of `read_picks`.
+    Options and errors are those of `read_picks`; `particle` only chooses a STAR file's class.
     """
     return _read(path, format, _asked(tomograms, **options), storage_options)
 

@@ -29,6 +29,7 @@ class Asked:
     pixels, at i·b + (b - 1)/2, not at i·b. `name_pattern` is that of `series_name`. `companion`: the
     files of particles and tomograms that an optimisation_set.star is to name. `numbers`: the names of
     tomograms in a file that has numbers for them. `radius`: of the spheres that a viewer shows, voxels.
+    `particle`: the kind that is wanted, for files whose rows have kinds only for those who ask.
     """
 
     voxel_size: float | None = None
@@ -43,6 +44,7 @@ class Asked:
     companion: tuple[str, str] | None = None
     numbers: Mapping[int, str] | None = None
     radius: int = 5
+    particle: str | None = None
 
     def __post_init__(self) -> None:
         for name, size in (("voxel_size", self.voxel_size), ("pixel_size", self.pixel_size)):

@@ -18,6 +18,7 @@ Angles = Literal["relion", "stopgap"]
 
 SCORE = "rlnAutopickFigureOfMerit"
 GROUP = "rlnOpticsGroup"
+CLASS = "rlnClassNumber"
 VOXEL_SIZE = "rlnImagePixelSize"
 OWN_VOXEL_SIZE = "rlnPixelSize"
 SERIES_SIZE = "rlnTomoTiltSeriesPixelSize"
@@ -83,7 +84,7 @@ DIALECTS: dict[str, Dialect] = {
 }
 
 NUMBERS = {
-    *(GROUP, VOXEL_SIZE, OWN_VOXEL_SIZE, SERIES_SIZE),
+    *(GROUP, CLASS, VOXEL_SIZE, OWN_VOXEL_SIZE, SERIES_SIZE),
     *OWN_ANGLES,
     *ORIGIN_ANGSTROM,
     *ORIGIN_PIXELS,

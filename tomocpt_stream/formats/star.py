@@ -26,17 +26,18 @@
 Elsewhere angles are ZYZ: the matrix from particle to tomogram is the inverse of Rz(rot)·Ry(tilt)·Rz(psi).
 `rlnOrigin*` is subtracted from the position. Where RELION gives subtomograms an orientation of their own
 (`rlnTomoSubtomogramRot/Tilt/Psi`), angles and origins are relative to it. The score is
-`rlnAutopickFigureOfMerit`. Dialects but "relion30", "relion31" and "stopgap" name tilt series. Files
-written here say their dialect in a comment; of others the columns tell, or an error asks. A plain list
-of `rlnTomoName` and `rlnCoordinateX/Y/Z` is read as "relion31", and refused where a pick lies beyond the
-tomogram. Voltage and spherical aberration, which readers want but picks do not know, are RELION's defaults
-in a "relion31" file; no coordinate depends on them.
+`rlnAutopickFigureOfMerit`. `rlnClassNumber` is a kind of particle for who asks for that number; else it
+may tell states of one, and all are read. Dialects but "relion30", "relion31" and "stopgap" name tilt
+series. Files written here say their dialect in a comment; of others the columns tell, or an error asks. A
+plain list of `rlnTomoName` and `rlnCoordinateX/Y/Z` is read as "relion31", and refused where a pick lies
+beyond the tomogram. Voltage and spherical aberration, which readers want but picks do not know, are
+RELION's defaults in a "relion31" file; no coordinate depends on them.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -46,6 +47,7 @@ from tomocpt_stream.errors import FormatError
 from tomocpt_stream.formats.asked import Asked, lacking
 from tomocpt_stream.formats.places import Places
 from tomocpt_stream.formats.relion import (
+    CLASS,
     DIALECTS,
     GROUP,
     NAMES,
@@ -102,10 +104,15 @@ def read(path: Path, dialect: str | None, asked: Asked) -> dict[str, Picks]:
     called = asked.names([*names, *empty], series=False, needed=frame == "centred" and bool(names))
     places = Places(DIALECTS[spoken], asked, particles.place)
     said = _said_sizes(particles, tables, spoken)
+    wanted = _of_class(particles, asked.particle)
     found = {}
     for name, some in zip(names, _by_code(codes, len(names)), strict=True):
         own = _one_size(said[some], name, particles) or voxel_size
-        found[called[name]] = _picks(rows, some, called[name], places, own, guessed=guessed)
+        kept = some if wanted is None else some[wanted[some]]
+        if wanted is None or len(kept):
+            found[called[name]] = _picks(rows, kept, called[name], places, own, guessed=guessed)
+    if wanted is not None:
+        return {name: replace(table, particle=asked.particle or "") for name, table in found.items()}
     for name, said_size in empty.items():
         size = asked.of(called[name], said_size)
         none = Picks(
@@ -246,6 +253,23 @@ def _columns(particles: Table, dialect: Dialect, asked: Asked) -> _Rows:
     scored = dialect.score in particles.columns
     scores = finite_column(particles, dialect.score) if scored else np.ones(particles.rows)
     return _Rows(coordinates, origins, pixels, rotations, scores)
+
+
+def _of_class(particles: Table, particle: str | None) -> npt.NDArray[np.bool_] | None:
+    """Return which rows are of a class; None where its name is no number or the table has no classes."""
+    if particle is None or not (particle.isascii() and particle.isdigit()):
+        return None
+    if CLASS not in particles.columns or not particles.rows:
+        return None
+    classes = finite_column(particles, CLASS)
+    wanted = np.asarray(classes == float(particle))
+    if not wanted.any():
+        raise FormatError(
+            f"{particles.place} has no particle of class {particle}",
+            expected=f"one of its classes: {', '.join(f'{one:g}' for one in np.unique(classes)[:20])}",
+            remedy="choose one of them, or leave particle= (--particle) out",
+        )
+    return wanted
 
 
 def _base_index(particles: Table, asked: Asked) -> int:
