@@ -16,9 +16,7 @@ if TYPE_CHECKING:
 Array = np.ndarray[Any, Any]
 
 
-def _line(
-    x: Sequence[float] | Array, scores: Sequence[float] | Array | None = None, name: str = "a"
-) -> Picks:
+def _line(x: Sequence[float] | Array, scores: Sequence[float] | Array | None = None) -> Picks:
     places = np.zeros((len(x), 3))
     places[:, 2] = x
     given = np.ones(len(x)) if scores is None else scores

@@ -74,6 +74,8 @@ def test_the_table_the_file_and_the_pictures_agree_with_the_functions(
         assert f"{one.tp}" in line.split()
         assert f"{one.f1:.3f}" in line.split()
         assert f"{one.fbeta(2):.3f}" in line.split()
+        assert line.split()[-2:] == [f"{one.mean_distance:.1f}", f"{one.rmse:.1f}"]
+    assert facts["tolerance"] == 100  # half the diameter
     interval = facts["intervals_95"]["fbeta"]
     assert interval["low"] <= interval["value"] <= interval["high"]
     bounds = f"({interval['low']:.3f} to {interval['high']:.3f}, 95 %)"
@@ -81,6 +83,11 @@ def test_the_table_the_file_and_the_pictures_agree_with_the_functions(
     assert "2 tomograms: intervals from so few are too narrow" in result.stderr
     curve = pd.read_csv(out / "curve.csv")
     assert len(curve) == 100
+    np.testing.assert_allclose(curve["fbeta"], 5 * curve["tp"] / (curve["picks"] + 4 * 60))
+    _run(*files, "--threshold", 0.5, "--beta", 2, "--tolerance", 5, "--seed", 1, "--output", tmp_path)
+    closer = evaluate(above, truth, tolerance=5).pooled
+    assert (_facts(tmp_path)["pooled"]["tp"], _facts(tmp_path)["seed"]) == (closer.tp, 1)
+    assert _facts(tmp_path)["pooled"]["tp"] < facts["pooled"]["tp"]
     assert matplotlib.image.imread(out / "curve.png").shape[1] > 1000
     assert sorted(path.name for path in out.iterdir()) == ["curve.csv", "curve.png", "evaluation.json"]
 
@@ -186,6 +193,29 @@ def test_what_a_file_does_not_say_is_asked_for(files: tuple[Path, Path], tmp_pat
     assert "--truth-voxel-size" in result.stderr
     _run(picks, bare, "--truth-voxel-size", 5, "--output", tmp_path / "out")
     assert _facts(tmp_path / "out")["pooled"]["truth"] == 2
+
+
+def test_the_seed_is_that_of_the_bootstrap(tmp_path: Path) -> None:
+    picks, truth = _tables(tuple("abcdefg"))
+    write_picks(picks, tmp_path / "picks.star")
+    write_picks(truth, tmp_path / "truth.star")
+    found = []
+    for seed in (1, 2, 1):
+        _run(tmp_path / "picks.star", tmp_path / "truth.star", "--seed", seed, "--output", tmp_path)
+        found.append(_facts(tmp_path)["intervals_95"]["average_precision"])
+    assert found[0] == found[2] != found[1]
+
+
+def test_sizes_come_from_a_list_of_tomograms(files: tuple[Path, Path], tmp_path: Path) -> None:
+    bare, sizes = tmp_path / "bare.star", tmp_path / "tomograms.star"
+    columns = ("MicrographName", "CoordinateX", "CoordinateY", "CoordinateZ")
+    bare.write_text("data_particles\nloop_\n" + "\n".join(f"_rln{one}" for one in columns) + "\nTS_1 1 2 3\n")
+    sides = ("TomoName", "TomoSizeX", "TomoSizeY", "TomoSizeZ", "TomoTiltSeriesPixelSize")
+    head = "\n".join(f"_rln{one}" for one in (*sides, "TomoTomogramBinning"))
+    rows = "\n".join(f"TS_{i} 4000 4000 2000 2.5 4.0" for i in (1, 2))
+    sizes.write_text(f"data_global\nloop_\n{head}\n{rows}\n")
+    _run(files[0], bare, "--tomograms", sizes, "--output", tmp_path / "out")
+    assert list(_facts(tmp_path / "out")["tomograms"]) == ["TS_1"]
 
 
 def test_one_tomogram_without_scores_is_evaluated_and_said_to_be_so(tmp_path: Path) -> None:

@@ -206,6 +206,22 @@ def test_a_diameter_that_is_no_length_is_refused(diameter: float, tmp_path: Path
     assert not list(tmp_path.iterdir())
 
 
+def test_a_curve_shows_its_columns_and_the_match(tmp_path: Path, figures: list[Figure]) -> None:
+    match = Match(np.array([[0, 0]]), np.array([3.0]), 4, 2)
+    columns = {"threshold": [0.1, 0.2, 0.9], "picks": [9, 4, 0], "precision": [0.2, 0.25, 0.0]}
+    curve = pd.DataFrame({**columns, "recall": [0.9, 0.5, 0.0], "fbeta": [0.3, 0.4, 0.0]})
+    report.draw_curve(curve, tmp_path / "curve.png", match=match, title="one", at=0.2, beta=2)
+    left, right = figures[0].axes
+    lines = [np.asarray(line.get_xydata()).tolist() for line in left.lines]
+    assert lines == [[[0.9, 0.2], [0.5, 0.25]], [[0.5, 0.25]]]  # recall, precision; without the empty row
+    named = {str(line.get_label()): np.asarray(line.get_xydata()).tolist() for line in right.lines[:3]}
+    assert named["precision"] == [[0.1, 0.2], [0.2, 0.25]]
+    assert named["recall"] == [[0.1, 0.9], [0.2, 0.5]]
+    assert named["F2"] == [[0.1, 0.3], [0.2, 0.4]]
+    assert np.asarray(right.lines[3].get_xdata()).tolist() == [0.2, 0.2]
+    assert left.get_title() == "precision 0.250, recall 0.500"
+
+
 def test_a_curve_is_drawn_whatever_its_length(tmp_path: Path) -> None:
     match = Match(np.array([[0, 0]]), np.array([3.0]), 2, 2)
     for rows in (0, 1, 7, 500):
