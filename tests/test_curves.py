@@ -144,8 +144,9 @@ def test_what_makes_no_sense_is_refused() -> None:
             sweep(_line([0]), _line([0]), tolerance=1, thresholds=wrong)
     with pytest.raises(SourceError, match="2 of 3 picks without a finite score"):
         rank(_line([0, 1, 2], [0.5, float("nan"), float("inf")]), _line([0]), tolerance=1)
-    with pytest.raises(PlanError, match="beta nan"):
-        sweep(_line([0]), _line([0]), tolerance=1, beta=float("nan"))
+    for beta in (float("nan"), float("inf"), 0.0, 1e200):
+        with pytest.raises(PlanError, match="beta"):
+            sweep(_line([0]), _line([0]), tolerance=1, beta=beta)
     with pytest.raises(PlanError, match="tolerance"):
         sweep(_line([0]), _line([0]), tolerance=-1)
 

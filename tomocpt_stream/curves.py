@@ -90,8 +90,8 @@ class Ranking:
         self, thresholds: Thresholds | Sequence[float] = "scores", *, beta: float = 1.0
     ) -> pd.DataFrame:
         """Return counts, ratios and distances at thresholds (see `sweep`)."""
-        if not (np.isfinite(beta) and beta > 0):
-            raise PlanError(f"beta {beta}", expected="a positive number", remedy="1 is usual")
+        if not (np.isfinite(beta * beta) and beta > 0):
+            raise PlanError(f"beta {beta}", expected="a positive number, not huge", remedy="1 is usual")
         cuts = self._thresholds(thresholds)
         picks = np.searchsorted(-self.scores, -cuts, side="left")
         tp, sums, squares = (
