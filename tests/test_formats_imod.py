@@ -15,7 +15,7 @@ from tests.tables import SHAPE, VOXEL_SIZE, refused, some_picks, survives
 from tomocpt_stream.errors import FormatError
 from tomocpt_stream.formats import imod_chunks, read_kinds, read_picks, write_picks
 from tomocpt_stream.formats.imod import angles_of, matrices_of
-from tomocpt_stream.formats.imod_chunks import HEADER, OBJECT, parse_model
+from tomocpt_stream.formats.imod_chunks import HEADER, OBJECT, Contour, Object, parse_model, render_model
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -234,3 +234,19 @@ def test_what_a_model_cannot_hold_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match="voxel size"):
         write_picks([some_picks(2), replace(some_picks(2, particle="b"), voxel_size=3.0)], path)
     assert not path.exists()
+
+
+def test_many_objects_take_no_time_squared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hostile model may have a million: one is never looked for among the others."""
+    compared = 0
+
+    def equal(self: Object, other: object) -> bool:
+        nonlocal compared
+        compared += 1
+        return self is other
+
+    monkeypatch.setattr(Object, "__eq__", equal)
+    objects = [Object(f"{i}", [Contour(np.array([[1.0, 2.0, 3.0]]))]) for i in range(300)]
+    (tmp_path / "a.mod").write_bytes(render_model("", (1, 1, 1), None, objects, np.zeros((0, 6))))
+    assert [table.particle for table in read_kinds(tmp_path / "a.mod")] == [f"{i}" for i in range(300)]
+    assert compared == 0

@@ -123,7 +123,11 @@ def _read_one(path: Path, format: str, asked: Asked) -> list[Picks]:  # noqa: A0
 
 def _kinds(model: Model, path: Path) -> dict[str, tuple[Floats, Floats]]:
     """Return points and scores by kind: the name of the object, or its number where several have none."""
-    full = [one for one in model.objects if any(len(contour.points) for contour in one.contours)]
+    full = {
+        number: one
+        for number, one in enumerate(model.objects, start=1)
+        if any(len(contour.points) for contour in one.contours)
+    }
     if not full:
         meshes = sum(one.meshes for one in model.objects)
         if meshes:
@@ -134,12 +138,11 @@ def _kinds(model: Model, path: Path) -> dict[str, tuple[Floats, Floats]]:
             )
         names = [one.name for one in model.objects] or [""]
         return {names[0]: (np.zeros((0, 3)), np.zeros(0))}
-    nameless = [one for one in full if not one.name]
+    nameless = sum(not one.name for one in full.values())
     found: dict[str, list[Contour]] = {}
-    for number, one in enumerate(model.objects, start=1):
-        if one in full:
-            kind = one.name or (f"object {number}" if len(nameless) > 1 or len(full) > 1 else "")
-            found.setdefault(kind, []).extend(one.contours)
+    for number, one in full.items():
+        kind = one.name or (f"object {number}" if nameless > 1 or len(full) > 1 else "")
+        found.setdefault(kind, []).extend(one.contours)
     return {
         kind: (
             np.concatenate([contour.points for contour in contours]),
