@@ -244,3 +244,18 @@ def test_any_text(tmp_path_factory: pytest.TempPathFactory, text: str, format: s
     path = tmp_path_factory.getbasetemp() / "any.csv"
     path.write_text(text)
     survives(lambda: read_kinds(path, format=format, voxel_size=2.0))
+
+
+def test_scores_beside_a_table_in_angstrom_survive_other_voxels(tmp_path: Path) -> None:
+    """The side file says the voxel size; one that is passed is another word on the same places."""
+    picks = some_picks(20)
+    write_picks(picks, tmp_path / "a.csv", format="czii")
+    alone = read_picks(tmp_path / "a.csv")["TS_01"]
+    assert (alone.voxel_size, alone.shape) == (VOXEL_SIZE, SHAPE)
+    np.testing.assert_allclose(alone.zyx, picks.zyx, atol=1e-5)
+    given = read_picks(tmp_path / "a.csv", voxel_size=10.0)["TS_01"]
+    np.testing.assert_allclose(given.zyx, picks.zyx * VOXEL_SIZE / 10, atol=1e-5)
+    for found in (alone, given):
+        np.testing.assert_array_equal(found.score, picks.score)
+    assert given.shape == SHAPE  # one size, rounded
+    assert read_picks(tmp_path / "a.csv", voxel_size=5.0)["TS_01"].shape is None

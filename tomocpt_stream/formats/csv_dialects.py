@@ -25,7 +25,7 @@ from tomocpt_stream.formats.csv_tables import Dialect, own_dialect, read_table, 
 from tomocpt_stream.formats.delimited import Head, quoted, read_columns, read_head, render_rows, shortest
 from tomocpt_stream.formats.folders import files_in, one_kind, places
 from tomocpt_stream.formats.side import SUFFIX as SIDE
-from tomocpt_stream.formats.side import beside, scored
+from tomocpt_stream.formats.side import beside, read_beside, scored
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -55,10 +55,12 @@ def read(path: Path, format: str | None, asked: Asked) -> list[Picks]:  # noqa: 
             f"the first line of {path} is {','.join(head.cells)[:120]!r}",
             expected="a header that says the units: x [voxel], y [voxel], z [voxel] or x [angstrom], ...; "
             "or experiment, particle_type, x, y, z; or IDs, X [A], Y [A], Z [A]",
-            remedy='add the units to the header; x, y, z in voxels are read with format="portal_csv"',
+            remedy='add the units to the header; x, y, z in voxels: format="portal_csv" (--from)',
         )
-    tables = read_table(path, head, dialect, asked)
-    return tables if own_dialect(head) else scored(tables, path)
+    if own_dialect(head):
+        return read_table(path, head, dialect, asked)
+    sizes = {one.tomogram: one.voxel_size for one in read_beside(path)}
+    return scored(read_table(path, head, dialect, asked, sizes=sizes), path, in_angstrom=True)
 
 
 def instances(path: Path) -> list[int]:

@@ -9,7 +9,7 @@ with x, y, z alone of these; a tomogram without picks is a row without numbers. 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -29,7 +29,7 @@ from tomocpt_stream.formats.delimited import (
 from tomocpt_stream.formats.gathered import Gathered
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from tomocpt_stream.formats.asked import Asked
@@ -39,7 +39,7 @@ MATRIX = [f"r{row}{column}" for row in range(3) for column in range(3)]
 VOXEL_SIZE = "voxel size [angstrom]"
 SIZES = ["size x [voxel]", "size y [voxel]", "size z [voxel]"]
 MARK = "mark"
-REMOVED = "removed"
+PICKED, MANUAL, REMOVED = "picked", "manual", "removed"
 _UNITS = {"voxel": False, "voxels": False, "angstrom": True, "Å": True, "A": True}
 
 
@@ -80,17 +80,28 @@ def render(picks: Sequence[Picks], format: str, asked: Asked, name: str) -> dict
 
 
 def read_table(
-    path: Path, head: Head, dialect: Dialect, asked: Asked, *, marked: str | None = None
+    path: Path,
+    head: Head,
+    dialect: Dialect,
+    asked: Asked,
+    *,
+    marked: str | None = None,
+    sizes: Mapping[str, float | None] | None = None,
 ) -> list[Picks]:
     """Return the picks of each tomogram and kind of a table whose columns are known.
 
     A table without names is of the tomogram that the file is named for. Picks without score have 1.
-    With `marked`, only rows of that mark are taken; else all but those that were removed.
+    With `marked`, only rows of that mark are taken; else all but those that were removed. `sizes` are the
+    voxel sizes (Å) by tomogram that were said elsewhere.
     """
     numbers, at = _numbers(dialect)
     names = [column for column in (dialect.tomogram, dialect.particle, dialect.mark) if column is not None]
     found = read_columns(path, head, numbers=numbers, names=names, blank=numbers if dialect.gaps else [])
-    return _gathered(found, dialect, at, path, marked).tables(asked)
+    rows = _gathered(found, dialect, at, path, marked)
+    if sizes:
+        known = [sizes.get(name) or np.nan for name in rows.tomograms.distinct]
+        rows = replace(rows, voxel_sizes=np.array(known, dtype=np.float64)[rows.tomograms.codes])
+    return rows.tables(asked)
 
 
 def own_table(picks: Sequence[Picks], delimiter: str, marks: Sequence[str] | None = None) -> str:
@@ -188,6 +199,8 @@ def _gathered(
     _refuse_gaps(xyz, scores, found, path)
     if dialect.mark is not None:
         marks = names[dialect.mark]
+        if marked is not None:
+            _refuse_unknown(marks, found, path)
         keep = np.array([_wanted(mark, marked) for mark in marks.distinct], dtype=bool)[marks.codes]
         xyz = np.where(keep[:, None], xyz, np.nan)  # no pick, but a row of its tomogram
     return Gathered(
@@ -206,6 +219,17 @@ def _gathered(
 
 def _wanted(mark: str, marked: str | None) -> bool:
     return mark != REMOVED if marked is None else mark == marked
+
+
+def _refuse_unknown(marks: Names, found: Columns, path: Path) -> None:
+    for code, mark in enumerate(marks.distinct):
+        if mark not in (PICKED, MANUAL, REMOVED):
+            line = found.lines[np.flatnonzero(marks.codes == code)[0]]
+            raise FormatError(
+                f"line {line} of {path} has the mark {mark!r}",
+                expected=f"{PICKED}, {MANUAL} or {REMOVED}",
+                remedy="correct that line",
+            )
 
 
 def _refuse_nameless(tomograms: Names, found: Columns, path: Path) -> None:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 Rows = npt.NDArray[np.intp]
 
 SAME_PLACE = 1e-2
+_SAME_SIZE = 1e-2  # sizes that differ by less are one size that was rounded
 SUFFIX = SCORES
 
 
@@ -37,17 +38,31 @@ def beside(tables: Sequence[Picks], name: str) -> dict[str, bytes]:
     return render(bare, "csv", Asked(), f"{name}{SUFFIX}")
 
 
-def scored(tables: Sequence[Picks], path: Path) -> list[Picks]:
+def read_beside(path: Path) -> list[Picks]:
+    """Return the tables of the side file of `path`, none where there is none."""
+    side = path.with_name(f"{path.name}{SUFFIX}")
+    return read(side, "csv", Asked()) if side.is_file() else []
+
+
+def scored(tables: Sequence[Picks], path: Path, *, in_angstrom: bool = False) -> list[Picks]:
     """Return tables with the scores of the side file of `path`, as they are where there is none.
 
     Names come from it too, and voxel size and shape where a table lacks them; a pick at another place
-    than any of the side file keeps the score it has.
+    than any of the side file keeps the score it has. Places are compared in voxels, or `in_angstrom`
+    where that is what the file has, so that voxels of another size cost no score.
     """
-    side = path.with_name(f"{path.name}{SUFFIX}")
-    if not side.is_file():
-        return list(tables)
-    written = read(side, "csv", Asked())
+    written = read_beside(path)
+    if in_angstrom:
+        return [_with_scores(table, [_in_voxels_of(table, one) for one in written], path) for table in tables]
     return [_with_scores(table, written, path) for table in tables]
+
+
+def _in_voxels_of(table: Picks, one: Picks) -> Picks:
+    if table.voxel_size is None or one.voxel_size is None:
+        return one
+    ratio = one.voxel_size / table.voxel_size
+    shape = one.shape if abs(ratio - 1) < _SAME_SIZE else None
+    return replace(one, zyx=one.zyx * ratio, shape=shape)
 
 
 def _with_scores(table: Picks, written: Sequence[Picks], path: Path) -> Picks:
