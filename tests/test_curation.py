@@ -123,6 +123,30 @@ def test_all_may_be_removed(tmp_path: Path) -> None:
     assert (len(found.picks), len(found.removed)) == (0, 3)
 
 
+def test_a_tomogram_without_particles_stays_one(tmp_path: Path) -> None:
+    none, some = some_picks(0), some_picks(3, tomogram="TS_02")
+    write_curated([curate(none, none), curate(some, some)], tmp_path / "a.csv")
+    assert {name: len(one) for name, one in read_picks(tmp_path / "a.csv").items()} == {
+        "TS_01": 0,
+        "TS_02": 3,
+    }
+    found = read_curated(tmp_path / "a.csv")
+    assert [(one.picks.tomogram, len(one.picks), len(one.removed)) for one in found] == [
+        ("TS_01", 0, 0),
+        ("TS_02", 3, 0),
+    ]
+
+
+@pytest.mark.parametrize("mark", ["Removed", ""])
+def test_a_mark_that_nobody_knows_loses_no_row(tmp_path: Path, mark: str) -> None:
+    written = some_picks(3)
+    write_curated(curate(written, written), tmp_path / "a.csv")
+    text = (tmp_path / "a.csv").read_text()
+    (tmp_path / "a.csv").write_text(text.replace("picked", mark, 1))
+    with pytest.raises(FormatError, match=rf"line 2 of .* has the mark '{mark}'"):
+        read_curated(tmp_path / "a.csv")
+
+
 def test_other_voxels_are_refused() -> None:
     with pytest.raises(FormatError, match=r"10\.012 Å and edited in voxels of 5\.0 Å"):
         curate(some_picks(2), some_picks(2, voxel_size=5.0))

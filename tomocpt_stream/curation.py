@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from tomocpt_stream.errors import FormatError
 from tomocpt_stream.formats.asked import Asked
-from tomocpt_stream.formats.csv_tables import REMOVED, own_dialect, own_table, read_table
+from tomocpt_stream.formats.csv_tables import MANUAL, PICKED, REMOVED, own_dialect, own_table, read_table
 from tomocpt_stream.formats.delimited import read_head
 from tomocpt_stream.formats.side import SAME_PLACE, same_places
 from tomocpt_stream.portal_records import write_whole
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from tomocpt_stream.picks import Picks
-
-PICKED, MANUAL = "picked", "manual"
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,8 +87,9 @@ def write_curated(curated: Curated | Iterable[Curated], path: str | Path) -> Non
     tables, marks = [], []
     for one in [curated] if isinstance(curated, Curated) else curated:
         parts = (one.picks.take(~one.manual), one.picks.take(one.manual), one.removed)
+        nothing = not any(map(len, parts))
         for table, mark in zip(parts, (PICKED, MANUAL, REMOVED), strict=True):
-            if len(table):
+            if len(table) or (nothing and mark == PICKED):  # a tomogram without particles is a label too
                 tables.append(table)
                 marks.append(mark)
     write_whole(Path(path), own_table(tables, ",", marks))
@@ -99,7 +98,7 @@ def write_curated(curated: Curated | Iterable[Curated], path: str | Path) -> Non
 def read_curated(path: str | Path) -> list[Curated]:
     """Read a table with marks: a Curated for each tomogram and kind of particle.
 
-    Raises FormatError where it is no table of ours, or has no marks.
+    Raises FormatError where it is no table of ours, or has no marks or other ones.
     """
     path = Path(path)
     head = read_head(path)
@@ -113,8 +112,7 @@ def read_curated(path: str | Path) -> list[Curated]:
     found: dict[tuple[str, str], dict[str, Picks]] = {}
     for mark in (PICKED, MANUAL, REMOVED):
         for table in read_table(path, head, dialect, Asked(), marked=mark):
-            if len(table):
-                found.setdefault((table.tomogram, table.particle), {})[mark] = table
+            found.setdefault((table.tomogram, table.particle), {})[mark] = table
     return [_joined(parts) for parts in found.values()]
 
 
