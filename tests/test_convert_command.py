@@ -12,7 +12,7 @@ from tests.blobs import BlobPicker, blobs
 from tests.tables import SHAPE, VOXEL_SIZE, some_picks
 from tomocpt_stream import PickOptions, open_tomogram, pick
 from tomocpt_stream.__main__ import main
-from tomocpt_stream.formats import read_kinds, read_picks, write_picks
+from tomocpt_stream.formats import FORMATS, read_kinds, read_picks, write_picks
 from tomocpt_stream.phantom import write_mrc
 
 if TYPE_CHECKING:
@@ -112,6 +112,68 @@ def test_an_input_is_not_overwritten() -> None:
     assert "is an input" in run("a.csv", "a.csv", "--to", "napari", code=1).output
     assert Path("a.csv").read_bytes() == before
     assert "no file nothing.star" in run("nothing.star", "b.star", code=1).output
+
+
+TOMOGRAMS = """data_global
+
+loop_
+_rlnTomoName
+_rlnTomoTiltSeriesPixelSize
+_rlnTomoSizeX
+_rlnTomoSizeY
+_rlnTomoSizeZ
+TS_01 1.35 4000 4000 1200
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "kept"),
+    [
+        (["a.json", "a.ndjson"], "a.json"),  # whose annotation has that name
+        (["a.csv", "t.star", "--to", "relion5", "--tomograms", "t.star"], "t.star"),
+        (["TS_01.coords", ".", "--to", "coords", "--threshold", "0.5"], "TS_01.coords"),
+        (["TS_01.coords.scores.csv", "TS_01.coords"], "TS_01.coords.scores.csv"),
+        (["TS_01.coords", "TS_01.coords.scores.csv", "--threshold", "0.5"], "TS_01.coords.scores.csv"),
+        (["b.ndjson", "b.json"], "b.json"),  # the annotation that is read beside the points
+    ],
+)
+def test_no_file_that_is_read_is_written(words: list[str], kept: str) -> None:
+    for name in ("a.csv", "a.json", "b.ndjson", "TS_01.coords"):
+        write_picks(some_picks(9), name)
+    Path("t.star").write_text(TOMOGRAMS)
+    before = {path.name: path.read_bytes() for path in Path().iterdir()}
+    message = run(*words, code=1).output
+    assert f"{kept} is an input" in message
+    assert {path.name: path.read_bytes() for path in Path().iterdir()} == before
+
+
+@pytest.mark.parametrize("kind", [name for name, one in FORMATS.items() if one.folder and one.writes])
+def test_the_folder_one_is_in_may_be_the_output(place: Path, kind: str) -> None:
+    """It has no name of its own: files must not land in the root of the disk."""
+    write_picks(some_picks(3), "a.tsv")
+    (place / "inner").mkdir()
+    for folder in (".", "inner/.."):
+        run("a.tsv", folder, "--to", kind)
+        found = read_picks(place, format=kind, voxel_size=VOXEL_SIZE, shape=SHAPE)
+        assert len(found["TS_01"]) == 3
+    assert "with a name" in run("a.tsv", "/", "--to", kind, code=1).output
+
+
+def test_a_folder_is_no_file_and_a_file_no_folder() -> None:
+    write_picks(some_picks(3), "a.csv")
+    Path("all").mkdir()
+    Path("old.json").write_text("kept")
+    assert "all, which is a folder" in run("a.csv", "all", "--to", "relion31", code=1).output
+    assert "old.json, which is a file" in run("a.csv", "old.json", "--to", "imod", code=1).output
+    assert Path("old.json").read_text() == "kept"
+    assert not list(Path("all").iterdir())
+
+
+def test_tomostars_may_lie_where_the_picks_go() -> None:
+    write_picks(some_picks(3), "a.csv")
+    Path("TS_01.tomostar").touch()
+    run("a.csv", "b.star", "--to", "warp", "--tomograms", ".")
+    assert set(read_picks("b.star", format="warp")) == {"TS_01"}
 
 
 def test_a_heat_map_becomes_mrc(tmp_path: Path) -> None:

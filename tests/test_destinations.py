@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import zarr
 from tomocpt_stream.destinations import destinations, refuse_overwriting, unique_names
 from tomocpt_stream.errors import PlanError, SourceError
 from tomocpt_stream.phantom import write_mrc
+from tomocpt_stream.request import PickRequest
 
 
 def mrc(path: Path) -> str:
@@ -130,6 +132,23 @@ def test_an_input_is_never_an_output(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(PlanError, match="is an input"):
         destinations(["a.mrc"], "out", inputs=["out/a.star"])
     refuse_overwriting(["a.mrc"], Path("a.star"), None)
+
+
+def test_sizes_may_come_from_the_folder_of_the_output(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """*.tomostar files often lie where everything else does."""
+    monkeypatch.chdir(tmp_path)
+    mrc(tmp_path / "a.mrc")
+    asked: dict[str, Any] = {
+        "diameter": 100,
+        "picker": "base",
+        "stitch": "hann",
+        "tta": False,
+        "batch_size": 4,
+    }
+    request = PickRequest(("a.mrc",), output="a.star", memory=None, device="cpu", sizes=(".",), **asked)
+    assert request.destinations()["a.mrc"].picks == Path("a.star")
 
 
 def test_a_link_to_an_input_is_the_input(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,9 +8,6 @@ import pytest
 from tests.tables import OPTIONS, refused, some_picks
 from tomocpt_stream.errors import FormatError
 from tomocpt_stream.formats import read_kinds, read_picks, write_picks
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 
 def test_three_columns_without_a_header(tmp_path: Path) -> None:
@@ -58,3 +55,22 @@ def test_classes_come_first_for_deepetpicker(tmp_path: Path) -> None:
 )
 def test_other_rows_are_refused(tmp_path: Path, text: str, format: str | None, message: str) -> None:  # noqa: A002
     assert message in refused(tmp_path / "a.coords", text, format)
+
+
+def test_points_and_scores_are_replaced_together_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.coords"
+    write_picks(some_picks(3), path)
+    before = {one.name: one.read_bytes() for one in tmp_path.iterdir()}
+    write = Path.write_bytes
+
+    def full(self: Path, data: bytes) -> int:
+        if "scores" in self.name:
+            raise OSError(28, "No space left on device")
+        return write(self, data)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="No space"):
+        write_picks(some_picks(3, seed=1), path)
+    assert {one.name: one.read_bytes() for one in tmp_path.iterdir()} == before

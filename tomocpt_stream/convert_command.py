@@ -111,11 +111,12 @@ def _write_map(source: str, output: str, like: str | None, storage_options: dict
 
 
 def _write_picks(source: str, output: str, **asked: Any) -> None:
-    from tomocpt_stream.formats import read_kinds, write_picks
+    from tomocpt_stream.destinations import refuse_overwriting
+    from tomocpt_stream.formats import companions, places_of, read_kinds, render_picks, store_files
 
     particle, threshold, written = (asked.pop(name) for name in ("particle", "threshold", "written"))
-    files, beside = asked.pop("tomograms"), asked.pop("optimisation_set")
-    asked["tomograms"] = (files[0] if len(files) == 1 else files) or None
+    given, beside = asked.pop("tomograms"), asked.pop("optimisation_set")
+    asked["tomograms"] = (given[0] if len(given) == 1 else given) or None
     tables = read_kinds(source, format=asked.pop("read"), particle=particle, **asked)
     kinds = sorted({table.particle for table in tables})
     if particle is not None:
@@ -125,6 +126,10 @@ def _write_picks(source: str, output: str, **asked: Any) -> None:
     if threshold is not None:
         tables = [table.above(threshold) for table in tables]
     shared = {name: value for name, value in asked.items() if name not in ("voxel_size", "shape")}
-    write_picks(tables, output, format=written, optimisation_set=beside, **shared)
+    options = shared.pop("storage_options")
+    files = render_picks(tables, output, format=written, optimisation_set=beside, **shared)
+    inputs = [source, *companions(source), *(one for one in given if not Path(one).is_dir())]
+    refuse_overwriting(inputs, *places_of(output, files))
+    store_files(output, files, options)
     tomograms = len({table.tomogram for table in tables})
     click.echo(f"{count(sum(map(len, tables)), 'pick')} of {count(tomograms, 'tomogram')} -> {output}")

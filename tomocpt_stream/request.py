@@ -205,7 +205,7 @@ class PickRequest:
             self.tomograms,
             self.output,
             heatmaps=self.keep_heatmap,
-            inputs=[*kept, *self.sizes],
+            inputs=[*kept, *(one for one in self.sizes if not Path(one).is_dir())],
             names=self.names,
             kind=FORMATS[self.format],
         )

@@ -31,7 +31,18 @@ if TYPE_CHECKING:
     from tomocpt_stream.frame import Shape
     from tomocpt_stream.picks import Picks
 
-__all__ = ["FORMATS", "Format", "Kind", "read_kinds", "read_picks", "render_picks", "write_picks"]
+__all__ = [
+    "FORMATS",
+    "Format",
+    "Kind",
+    "companions",
+    "places_of",
+    "read_kinds",
+    "read_picks",
+    "render_picks",
+    "store_files",
+    "write_picks",
+]
 
 Format = str
 SCORES = ".scores.csv"
@@ -150,7 +161,7 @@ def read_picks(  # noqa: PLR0913  (the public signature of the design)
                 f"{path} has {len(kinds)} kinds of particles in {table.tomogram}: "
                 f"{', '.join(map(repr, kinds[:20]))}",
                 expected="one kind in each tomogram",
-                remedy="pass particle=, one of them",
+                remedy="pass particle= (--particle), one of them",
             )
     return found
 
@@ -210,8 +221,31 @@ def write_picks(  # noqa: PLR0913  (the public signature of the design)
         name_pattern=name_pattern,
         companion=_companion(path, tomograms) if optimisation_set else None,
     )
-    for key, data in files.items():
-        _put(folder, key, data, storage_options)
+    _put(folder, files, storage_options)
+
+
+def store_files(
+    path: str | Path, files: Mapping[str, bytes], storage_options: Mapping[str, Any] | None = None
+) -> None:
+    """Store the files that `render_picks` returned for `path`, all of them or, on a disk, none."""
+    _put(_place(path)[0], files, storage_options)
+
+
+def places_of(path: str | Path, files: Iterable[str]) -> list[str]:
+    """Return the paths or addresses of the files that `render_picks` returned for `path`."""
+    folder = _place(path)[0]
+    return [f"{folder}/{quote(name)}" if isinstance(folder, str) else str(folder / name) for name in files]
+
+
+def companions(path: str | Path) -> list[str]:
+    """Return the paths or addresses of what may be read beside a file of picks: scores, an annotation."""
+    place = str(path)
+    found = [f"{place}{SCORES}"]
+    if place.lower().endswith(".ndjson"):
+        from tomocpt_stream.formats.portal_points import annotation_name
+
+        found.append(annotation_name(place))
+    return found
 
 
 def render_picks(
@@ -220,13 +254,15 @@ def render_picks(
     *,
     format: Format | None = None,  # noqa: A002
     tomograms: Tomograms | None = None,
+    optimisation_set: bool = False,
     **options: Any,
 ) -> dict[str, bytes]:
     """Return the files that `write_picks` would write, by their names beside or in `path`.
 
     Options and errors are those of `write_picks`.
     """
-    return _rendered(picks, path, format, tomograms, **options)[1]
+    companion = _companion(path, tomograms) if optimisation_set else None
+    return _rendered(picks, path, format, tomograms, companion=companion, **options)[1]
 
 
 def _rendered(
@@ -337,11 +373,12 @@ def _known(name: Format | None, path: str | Path, *, writing: bool) -> Kind:
     for kind in able.values():
         if suffix in kind.suffixes:
             return kind
+    option = "--to" if writing else "--from, of view --format"
     suffixes = dict.fromkeys(suffix for kind in able.values() for suffix in kind.suffixes)
     raise FormatError(
         f"{path} with suffix {suffix!r}",
         expected=f"a suffix that says the format: {', '.join(filter(None, suffixes))}",
-        remedy=f"rename the file, or pass format= ({', '.join(able)})",
+        remedy=f"rename the file, or pass format= ({option}; one of {', '.join(able)})",
     )
 
 
@@ -354,23 +391,51 @@ def _place(path: str | Path) -> tuple[str | Path, str]:
 
     if isinstance(path, str) and is_remote(path):
         return parent(canonical(path))
-    return Path(path).parent, Path(path).name
+    found = Path(path)
+    if found.name in ("", ".."):  # "." has no name of its own, and "/x" is not in it
+        found = found.resolve()
+    if not found.name:
+        raise FormatError(f"the path {path}", expected="a file or a folder with a name", remedy="give one")
+    return found.parent, found.name
 
 
 def _put(
-    folder: str | Path, name: str, data: bytes, storage_options: Mapping[str, Any] | None = None
+    folder: str | Path, files: Mapping[str, bytes], storage_options: Mapping[str, Any] | None = None
 ) -> None:
-    """Store one file, on a disk or on an object store."""
+    """Store files on a disk, where none takes its name before all are whole, or on an object store."""
     if isinstance(folder, str):
         from tomocpt_stream.receipts import put_object
 
-        put_object(f"{folder}/{quote(name)}", data, storage_options, FormatError)
+        for name, data in files.items():
+            put_object(f"{folder}/{quote(name)}", data, storage_options, FormatError)
         return
-    path = folder / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    paths = {folder / name: data for name, data in files.items()}
+    _refuse_obstructed(paths)
+    partials = {path: path.with_name(f".{path.name}.{os.getpid()}.partial") for path in paths}
     try:
-        partial.write_bytes(data)
-        partial.replace(path)
+        for path, data in paths.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partials[path].write_bytes(data)
+        for path, partial in partials.items():
+            partial.replace(path)
     finally:
-        partial.unlink(missing_ok=True)
+        for partial in partials.values():
+            partial.unlink(missing_ok=True)
+
+
+def _refuse_obstructed(paths: Iterable[Path]) -> None:
+    """Refuse files where a folder is, and folders where a file is."""
+    for path in paths:
+        if path.is_dir():
+            raise FormatError(
+                f"{path}, which is a folder",
+                expected="a file of picks",
+                remedy="give the name of a file in it, or choose another",
+            )
+        above = next((one for one in path.parents if one.exists()), None)
+        if above is not None and not above.is_dir():
+            raise FormatError(
+                f"{above}, which is a file and no folder",
+                expected=f"a folder for {path.name}",
+                remedy="give the suffix of the format for one file, or the name of a folder",
+            )

@@ -101,7 +101,7 @@ def _files(table: Picks, name: str, asked: Asked) -> dict[str, bytes]:
     shape = table.shape or (known[1].shape if known else None)
     table = _inside(table, shape)
     said = json.dumps(annotation(table, name.rsplit("/", 1)[-1]), indent=1)
-    return {name: _lines(table).encode(), _annotation_name(name): said.encode(), **beside([table], name)}
+    return {name: _lines(table).encode(), annotation_name(name): said.encode(), **beside([table], name)}
 
 
 def _lines(table: Picks) -> str:
@@ -139,7 +139,7 @@ def _table(path: Path, name: str, asked: Asked) -> Picks:
         objects = parse_ndjson(path.read_bytes(), str(path)).objects
         if counted != objects:
             raise FormatError(
-                f"{path} has {objects} objects where {_annotation_name(path.name)} says {str(counted)[:40]}",
+                f"{path} has {objects} objects where {annotation_name(path.name)} says {str(counted)[:40]}",
                 expected="an object_count that is the number of objects",
                 remedy="fetch both files again, or correct object_count",
             )
@@ -150,7 +150,7 @@ def _table(path: Path, name: str, asked: Asked) -> Picks:
 
 
 def _said(path: Path) -> dict[str, Any]:
-    beside = path.with_name(_annotation_name(path.name))
+    beside = path.with_name(annotation_name(path.name))
     if not beside.is_file():
         return {}
     try:
@@ -165,7 +165,8 @@ def _said(path: Path) -> dict[str, Any]:
     return said if isinstance(said, dict) else {}
 
 
-def _annotation_name(name: str) -> str:
+def annotation_name(name: str) -> str:
+    """Return the name of the annotation of a file of points, in the same folder."""
     folder, _, file = name.rpartition("/")
     plain = _SHAPE.sub("", file[: -len(SUFFIX)] if file.endswith(SUFFIX) else file)
     return f"{folder}/{plain}.json" if folder else f"{plain}.json"
