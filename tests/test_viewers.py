@@ -162,6 +162,41 @@ def test_picks_of_other_voxels_are_brought_over(source: Path) -> None:
         np.testing.assert_array_equal(picks_of({"": table(voxel_size=None)}, tomogram).zyx, table().zyx)
 
 
+@pytest.mark.parametrize(("viewer", "name"), [("napari", "TS_01_picks.csv"), ("imod", "TS_01_picks.mod")])
+def test_edited_picks_are_never_lost(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, viewer: str, name: str
+) -> None:
+    """Programs save what somebody edited under the name that they opened."""
+    monkeypatch.chdir(tmp_path)
+    write_picks(table(), "picks.csv")
+    points = tmp_path / "view" / name
+
+    def view(picks: str, *more: str) -> Any:
+        words = ["view", str(source), picks, "--in", viewer, "--diameter", "100", *more]
+        return CliRunner().invoke(main, words, catch_exceptions=False)
+
+    assert view("picks.csv").exit_code == 0
+    write_picks(table(3), points, format=viewer)
+    edited = points.read_bytes()
+    refused = view(f"view/{name}", "--threshold", "2")
+    assert refused.exit_code == 1
+    assert "is an input" in refused.output
+    assert points.read_bytes() == edited
+    for _ in range(2):
+        assert view("picks.csv").exit_code == 0
+        assert len(read_picks(points)["TS 01"]) == 5
+        assert points.with_name(f"{name}~").read_bytes() == edited
+
+
+def test_one_kind_of_several_is_shown(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_picks([table(5, particle="a"), table(3, particle="b")], "picks.csv")
+    words = ["view", str(source), "picks.csv", "--in", "imod", "--diameter", "100"]
+    assert "--particle" in CliRunner().invoke(main, words).output
+    result = CliRunner().invoke(main, [*words, "--particle", "b"], catch_exceptions=False)
+    assert "3 picks -> " in result.output
+
+
 @pytest.mark.parametrize("kind", ["relion31", "relion5"])
 def test_the_command_reads_any_star_and_prints_how_to_open_it(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str

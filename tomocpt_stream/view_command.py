@@ -20,7 +20,7 @@ LENGTH = click.FloatRange(min=0, min_open=True)
 
 @click.command("view", short_help="Open a tomogram with its picks in napari, IMOD or ChimeraX.")
 @click.argument("source", metavar="TOMOGRAM")
-@click.argument("picks", metavar="PICKS", type=click.Path(path_type=Path))
+@click.argument("picks", metavar="PICKS")
 @click.option(
     "--in",
     "viewer",
@@ -44,19 +44,28 @@ LENGTH = click.FloatRange(min=0, min_open=True)
     help="RELION's tomograms.star, where PICKS needs its sizes.",
 )
 @click.option("--name", metavar="NAME", help="What PICKS calls the tomogram.  [default: the file's name]")
+@click.option("--particle", metavar="NAME", help="The kind of particle that is shown, of several in PICKS.")
+@click.option(
+    "--base-index", type=click.IntRange(0, 1), help="What a Dynamo table calls the first voxel: 0 or 1."
+)
 @click.option("--threshold", type=float, default=None, help="Show picks with scores above it.")
 @click.option("--voxel-size", type=LENGTH, metavar="Å", help="Voxel size in Å, instead of the file's.")
-def view_command(source: str, picks: Path, viewer: Any, diameter: float, **settings: Any) -> None:
+def view_command(source: str, picks: str, viewer: Any, diameter: float, **settings: Any) -> None:
     """Write files that show TOMOGRAM with its PICKS, and print the command that opens them.
 
     Nothing is started. Points that are edited there and saved are read as any other picks; `curate`
     gives them their scores back, and says what was changed.
     """
+    from tomocpt_stream.destinations import refuse_overwriting
+    from tomocpt_stream.formats import companions
     from tomocpt_stream.tomogram import open_tomogram
-    from tomocpt_stream.viewers import picks_of, write_view
+    from tomocpt_stream.viewers import picks_of, view_files, write_view
 
     tomogram = open_tomogram(source, voxel_size=settings["voxel_size"], name=settings["name"])
-    tables = _read(picks, settings["kind"], settings["tomograms"], tomogram)
+    inputs = [source, picks, *companions(picks), *filter(None, [settings["tomograms"]])]
+    refuse_overwriting([*map(str, inputs)], *view_files(tomogram, settings["output"], viewer))
+    asked = {name: settings[name] for name in ("tomograms", "particle", "base_index")}
+    tables = _read(picks, tomogram, format=settings["kind"], **asked)
     shown = picks_of(tables, tomogram)
     if settings["threshold"] is not None:
         shown = shown.above(settings["threshold"])
@@ -85,9 +94,10 @@ def curate_command(written: Path, edited: Path, output: Path, **settings: Any) -
 
     from tomocpt_stream.curation import curate, write_curated
     from tomocpt_stream.destinations import refuse_overwriting
-    from tomocpt_stream.formats import read_picks
+    from tomocpt_stream.formats import companions, read_picks
 
-    refuse_overwriting([str(written), str(edited)], output)
+    inputs = [str(written), str(edited), *companions(written), *companions(edited)]
+    refuse_overwriting(inputs, output)
     if output.suffix.lower() != ".csv":
         raise click.UsageError(f"{output} takes a table, so that its name must end in .csv.")
     sizes = {"voxel_size": settings["voxel_size"], "shape": settings["shape"]}
@@ -123,17 +133,11 @@ def _called(name: str, before: dict[str, Picks], now: dict[str, Picks]) -> str:
     return next(iter(now)) if len(before) == len(now) == 1 else name
 
 
-def _read(path: Path, kind: str | None, tomograms: Path | None, tomogram: Tomogram) -> dict[str, Picks]:
+def _read(path: str, tomogram: Tomogram, **asked: Any) -> dict[str, Picks]:
     """Return the picks of a file; what it does not say of its tomogram is taken from the tomogram."""
     from tomocpt_stream.formats import read_picks
 
     try:
-        return read_picks(path, format=kind, tomograms=tomograms)
+        return read_picks(path, **asked)
     except FormatError:
-        return read_picks(
-            path,
-            format=kind,
-            tomograms=tomograms,
-            voxel_size=tomogram.voxel_size,
-            shape=tomogram.shape,
-        )
+        return read_picks(path, voxel_size=tomogram.voxel_size, shape=tomogram.shape, **asked)

@@ -19,7 +19,7 @@ import numpy as np
 from matplotlib import colormaps
 
 from tomocpt_stream.errors import FormatError, PlanError
-from tomocpt_stream.formats import imod, write_picks
+from tomocpt_stream.formats import imod, render_picks
 from tomocpt_stream.formats.asked import Asked
 from tomocpt_stream.report import mean_slice
 from tomocpt_stream.tomogram import MRC_SUFFIXES
@@ -33,6 +33,11 @@ if TYPE_CHECKING:
 Viewer = Literal["napari", "imod", "chimerax"]
 
 VIEWERS: tuple[Viewer, ...] = get_args(Viewer)
+_ENDINGS = {
+    "napari": ("_picks.csv", "_view.py"),
+    "imod": ("_picks.mod",),
+    "chimerax": ("_picks.cmm", "_view.cxc"),
+}
 
 # Contrast runs between these percentiles of the middle slice: a few gold beads must not set it.
 _CONTRAST = (0.5, 99.5)
@@ -81,13 +86,20 @@ def picks_of(tables: Mapping[str, Picks], tomogram: Tomogram) -> Picks:
     return replace(found, tomogram=tomogram.name, voxel_size=size, shape=tomogram.frame.file_shape)
 
 
+def view_files(tomogram: Tomogram, folder: str | Path, viewer: Viewer) -> tuple[Path, ...]:
+    """Return the files that `write_view` writes: the picks, and the script where there is one."""
+    stem = Path(folder) / _plain(tomogram.name)
+    return tuple(_beside(stem, ending) for ending in _ENDINGS[viewer])
+
+
 def write_view(
     tomogram: Tomogram, picks: Picks, folder: str | Path, *, viewer: Viewer, diameter: float
 ) -> View:
     """Write into `folder` what opens a tomogram with its picks; return the files and the command.
 
     Picks (in voxels of the tomogram's file) are circles or spheres of `diameter` Å, coloured by score.
-    Files are called after the tomogram, and those of an earlier call are replaced.
+    Files are called after the tomogram, and those of an earlier call are replaced; picks that were edited
+    there since, or were others, are kept beside with a ~ at the end of their name, as 3dmod keeps them.
 
     Raises
     ------
@@ -109,13 +121,14 @@ def write_view(
         )
     write = {"napari": _napari, "imod": _imod, "chimerax": _chimerax}[viewer]
     Path(folder).mkdir(parents=True, exist_ok=True)
-    return write(tomogram, picks, Path(folder) / _plain(tomogram.name), diameter)
+    return write(tomogram, picks, view_files(tomogram, folder, viewer), diameter)
 
 
-def _napari(tomogram: Tomogram, picks: Picks, stem: Path, diameter: float) -> View:
+def _napari(tomogram: Tomogram, picks: Picks, files: tuple[Path, ...], diameter: float) -> View:
     """Write a script, and the points as napari itself stores them."""
-    points, script = _beside(stem, "_picks.csv"), _beside(stem, "_view.py")
-    write_picks(picks, points, format="napari")
+    points, script = files
+    (data,) = render_picks(picks, points, format="napari").values()
+    _put(points, data, kept=True)
     middle = tomogram.shape[0] // 2
     low, high = np.percentile(mean_slice(tomogram, 0, slice(middle, middle + 1)), _CONTRAST)
     size = tomogram.voxel_size
@@ -163,20 +176,20 @@ if __name__ == "__main__":
     return View((points, script), shlex.join(["python", str(script)]))
 
 
-def _imod(tomogram: Tomogram, picks: Picks, stem: Path, diameter: float) -> View:
+def _imod(tomogram: Tomogram, picks: Picks, files: tuple[Path, ...], diameter: float) -> View:
     """Write a model of scattered points."""
     source = _volume(tomogram, "3dmod")
-    model = _beside(stem, "_picks.mod")
+    (model,) = files
     radius = max(1, round(diameter / 2 / tomogram.voxel_size))
     (data,) = imod.render([picks], "imod", Asked(radius=radius), model.name).values()
-    _put(model, data)
+    _put(model, data, kept=True)
     return View((model,), shlex.join(["3dmod", str(source), str(model)]))
 
 
-def _chimerax(tomogram: Tomogram, picks: Picks, stem: Path, diameter: float) -> View:
+def _chimerax(tomogram: Tomogram, picks: Picks, files: tuple[Path, ...], diameter: float) -> View:
     """Write markers, and a script that opens the tomogram where they are."""
     source = _volume(tomogram, "ChimeraX")
-    markers, script = _beside(stem, "_picks.cmm"), _beside(stem, "_view.cxc")
+    markers, script = files
     low, high = (float(picks.score.min()), float(picks.score.max())) if len(picks) else (0.0, 1.0)
     colours = colormaps[_COLOURS]((picks.score - low) / ((high - low) or 1.0))
     rows = [
@@ -189,6 +202,7 @@ def _chimerax(tomogram: Tomogram, picks: Picks, stem: Path, diameter: float) -> 
     _put(
         markers,
         "\n".join([f"<marker_set name={quoteattr(f'picks of {tomogram.name}')}>", *rows, "</marker_set>\n"]),
+        kept=True,
     )
     at = ",".join(str(n // 2) for n in tomogram.shape[::-1])
     size = f"{tomogram.voxel_size:g}"
@@ -233,11 +247,13 @@ def _beside(stem: Path, ending: str) -> Path:
     return stem.with_name(stem.name + ending)
 
 
-def _put(path: Path, data: str | bytes) -> None:
-    """Write a file that appears whole."""
+def _put(path: Path, data: str | bytes, *, kept: bool = False) -> None:
+    """Write a file that appears whole; with `kept`, another one of its name stays as NAME~."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         partial.write_bytes(data if isinstance(data, bytes) else data.encode())
+        if kept and path.is_file() and path.read_bytes() != partial.read_bytes():
+            path.replace(path.with_name(f"{path.name}~"))
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
