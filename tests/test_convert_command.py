@@ -176,6 +176,14 @@ def test_tomostars_may_lie_where_the_picks_go() -> None:
     assert set(read_picks("b.star", format="warp")) == {"TS_01"}
 
 
+def test_kinds_that_star_would_mix_up_are_refused() -> None:
+    write_picks([some_picks(3), some_picks(2, seed=1, particle="b")], "a.csv")
+    assert "2 kinds of particles" in (message := run("a.csv", "a.star", code=1).output)
+    assert "--particle" in message
+    run("a.csv", "a.star", "--particle", "b")
+    assert len(read_picks("a.star")["TS_01"]) == 2
+
+
 def test_a_heat_map_becomes_mrc(tmp_path: Path) -> None:
     centres = np.array([[8.0, 10.0, 9.0], [20.0, 30.0, 33.0]])
     write_mrc("TS.mrc", blobs((30, 50, 44), centres), 10.0)

@@ -49,6 +49,7 @@ def render(picks: Sequence[Picks], dialect: str, asked: Asked, name: str) -> dic
     written = _written(picks, spoken, asked)
     _refuse_two_sizes(written, one=dialect == "warp")
     full = [one for one in written if len(one.picks)]
+    _refuse_kinds([one.picks.particle for one in full], name)
     oriented = [one.picks.tomogram for one in full if one.picks.rotations is not None]
     if oriented and len(oriented) < len(full):
         raise FormatError(
@@ -80,7 +81,7 @@ def _written(picks: Sequence[Picks], dialect: Dialect, asked: Asked) -> list[_Wr
     for table in picks:
         size = _size(table, asked)
         if size.voxel_size is None:
-            raise lacking(table.tomogram, "the table of picks", "voxel size", "picks with a voxel_size")
+            raise lacking(table.tomogram, "the table of picks", "voxel size", "picks with one (--voxel-size)")
         if dialect.frame == "centred" and size.angstrom is None:
             raise lacking(table.tomogram, "the table of picks", "size", "picks with a shape (--shape)")
         if asked.pixel_size is not None and size.pixel_size is None:
@@ -125,6 +126,17 @@ def _refuse_two_sizes(written: Sequence[_Written], *, one: bool) -> None:
                 else "one voxel size for each tomogram",
                 remedy="write them to two files",
             )
+
+
+def _refuse_kinds(particles: Sequence[str], name: str) -> None:
+    """Refuse several kinds of particles, which nobody could tell apart in the file again."""
+    kinds = list(dict.fromkeys(particles))
+    if len(kinds) > 1:
+        raise FormatError(
+            f"picks of {len(kinds)} kinds of particles for {name}: {', '.join(map(repr, kinds[:10]))}",
+            expected="one kind in a STAR file, which has no place for kinds",
+            remedy="write each kind to a file of its own: particle= of read_picks, --particle",
+        )
 
 
 def _optics(sizes: Sequence[Extent], dialect: Dialect) -> tuple[list[dict[str, Column]], list[int]]:
