@@ -184,6 +184,24 @@ def test_kinds_that_star_would_mix_up_are_refused() -> None:
     assert len(read_picks("a.star")["TS_01"]) == 2
 
 
+def test_what_is_missing_is_asked_for_by_its_option() -> None:
+    write_picks(some_picks(3, shape=None, voxel_size=None), "a.csv")
+    write_picks(some_picks(3, shape=None), "b.csv")
+    write_picks(some_picks(3), "c.star", format="relion5")
+    for words, option in (
+        (["a.csv", "a.star"], "--voxel-size"),
+        (["a.csv", "a.json"], "--voxel-size"),
+        (["b.csv", "b.star", "--to", "relion5"], "--shape"),
+        (["b.csv", "b.star", "--to", "relion4"], "--pixel-size"),
+        (["c.star", "c.csv"], "--voxel-size"),
+        (["c.star", "c.csv", "--voxel-size", "10"], "--shape"),
+        (["a.csv", "a.what"], "--to"),
+        (["a.csv~", "a.star"], "--from"),
+    ):
+        Path("a.csv~").touch()
+        assert option in run(*words, code=1).output
+
+
 def test_a_heat_map_becomes_mrc(tmp_path: Path) -> None:
     centres = np.array([[8.0, 10.0, 9.0], [20.0, 30.0, 33.0]])
     write_mrc("TS.mrc", blobs((30, 50, 44), centres), 10.0)

@@ -131,5 +131,5 @@ def lacking(name: str, place: str, what: str, option: str) -> FormatError:
     return FormatError(
         f"{place} does not say the {what} of tomogram {name}",
         expected=f"its {what}: positions depend on it",
-        remedy=f"pass {option}, or tomograms= (tomograms.star, Warp's .settings, names to sizes)",
+        remedy=f"pass {option}, or tomograms= (--tomograms): tomograms.star, .settings, names to sizes",
     )

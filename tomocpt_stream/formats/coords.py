@@ -57,7 +57,7 @@ def _read_one(path: Path, format: str, asked: Asked) -> list[Picks]:  # noqa: A0
         raise FormatError(
             f"the first line of {path} is {' '.join(head.cells)[:80]!r}",
             expected=f"{_COLUMNS[format]}, numbers without a header",
-            remedy="four columns with the class first are read with format='deepetpicker'",
+            remedy="four columns with the class first are read with format='deepetpicker' (--from)",
         )
     columns = range(wide) if head.cells else []
     found = read_columns(path, head, numbers=list(columns)) if head.cells else None

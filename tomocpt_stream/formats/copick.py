@@ -145,7 +145,7 @@ def _table(path: Path, asked: Asked) -> Picks:
     name = found.run or _run_of(path)
     size = asked.of(name, found.voxel_spacing)
     if size.voxel_size is None:
-        raise lacking(name, str(path), "voxel size", "voxel_size= in Å")
+        raise lacking(name, str(path), "voxel size", "voxel_size= (--voxel-size) in Å")
     return Picks(
         zyx=found.xyz[:, ::-1] / size.voxel_size,
         score=found.scores.astype(np.float32),
@@ -161,7 +161,7 @@ def _render_one(table: Picks, asked: Asked) -> bytes:
     known = asked.known(table.tomogram)
     voxel_size = table.voxel_size or (known[1].voxel_size if known else None)
     if voxel_size is None:
-        raise lacking(table.tomogram, "the table of picks", "voxel size", "picks with a voxel_size")
+        raise lacking(table.tomogram, "the table of picks", "voxel size", "picks with one (--voxel-size)")
     matrices = np.tile(np.eye(4), (len(table), 1, 1))
     if table.rotations is not None:
         matrices[:, :3, :3] = table.rotations

@@ -38,7 +38,7 @@ def read(path: Path, format: str | None, asked: Asked) -> list[Picks]:  # noqa: 
         raise FormatError(
             f"{path} does not say whether its first voxel is 0 or 1",
             expected="base_index=0 or base_index=1",
-            remedy="pass base_index: 1 for coordinates that count as MATLAB does, else 0",
+            remedy="pass base_index= (--base-index): 1 for coordinates that count as MATLAB does, else 0",
         )
     head = read_head(path, blanks=True)
     if head.cells and (len(head.cells) < COLUMNS or not head.is_data):

@@ -56,7 +56,7 @@ def one_kind(tables: Sequence[Picks], place: str) -> Picks:
         raise FormatError(
             f"{len(tables)} tables of picks for {place}: {kinds}",
             expected="one kind of particle in a file of this format",
-            remedy="write each kind to a place of its own",
+            remedy="write each kind to a place of its own: particle= of read_picks, --particle",
         )
     return tables[0]
 

@@ -64,7 +64,7 @@ class Gathered:
         xyz = self.xyz[rows]
         if self.in_angstrom:
             if size.voxel_size is None:
-                raise lacking(name, self.place, "voxel size", "voxel_size= in Å")
+                raise lacking(name, self.place, "voxel size", "voxel_size= (--voxel-size) in Å")
             xyz = xyz / size.voxel_size
         return Picks(
             zyx=xyz[:, ::-1],

@@ -70,14 +70,14 @@ class Places:
     def _in_series(self, name: str, size: Extent, said: float | None) -> Place:
         frame = self.dialect.frame
         if size.voxel_size is None:
-            raise lacking(name, self.where, "voxel size", "voxel_size= in Å")
+            raise lacking(name, self.where, "voxel size", "voxel_size= (--voxel-size) in Å")
         pixel = self.asked.pixel_size or size.pixel_size or said
         if pixel is None and (frame == "series" or self.dialect.nearer or self.asked.mean_binned):
             raise lacking(name, self.where, "unbinned pixel size", "pixel_size= (--pixel-size) in Å")
         zero = np.zeros(3)
         if frame == "centred":
             if size.angstrom is None:
-                raise lacking(name, self.where, "size", "shape= (z, y, x)")
+                raise lacking(name, self.where, "size", "shape= (--shape), z, y, x")
             zero = size.angstrom / 2 - self.dialect.nearer * (pixel or 0.0)
         unit = pixel if frame == "series" and pixel is not None else 1.0
         return Place(unit, size.voxel_size, zero - self._mean(size.voxel_size, pixel), size.voxel_size)
@@ -90,7 +90,8 @@ class Places:
             raise FormatError(
                 f"{self.where} says pixels of {said:g} Å of tomogram {name}, which has voxels of {voxel:g} Å",
                 expected="coordinates in voxels of the tomogram, or a word on what they count",
-                remedy=f"pass pixel_size={said:g} if they count those pixels, pixel_size={voxel:g} if voxels",
+                remedy=f"pass pixel_size={said:g} if they count those pixels, pixel_size={voxel:g} if voxels "
+                "(--pixel-size)",
             )
         unit = voxel if unit is None else unit
         pixel = size.pixel_size or self.asked.pixel_size if self.dialect.frame == "export" else unit

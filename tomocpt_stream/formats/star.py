@@ -140,7 +140,7 @@ def _picks(
     place = places.of(name, size, said)
     angstrom = rows.origins_angstrom[some]
     if place.said is None and angstrom.any():
-        raise lacking(name, places.where, "voxel size", "voxel_size= in Å")
+        raise lacking(name, places.where, "voxel size", "voxel_size= (--voxel-size) in Å")
     xyz = place.voxels(rows.coordinates[some] - rows.origins_pixels[some]) - angstrom / place.voxel
     if guessed and size.shape is not None and (xyz > size.shape[::-1]).any():
         beyond = int(np.flatnonzero((xyz > size.shape[::-1]).any(axis=1))[0])
