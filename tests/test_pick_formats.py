@@ -98,3 +98,12 @@ def test_the_command_of_the_next_program_is_printed() -> None:
     found = pick("TS_02.mrc", "--format", "relion5", "--output", "out/", "--pixel-size", "2.5")
     assert "next, for each file:\n  relion_tomo_subtomo --p out/TS_01_10.00Apx.star" in found.output
     assert "next" not in pick("--format", "csv", "--output", "all.csv").output
+
+
+def test_the_pixel_size_that_a_file_says_is_filled_in() -> None:
+    found = pick("--format", "relion5", "--output", "all.star", "--tomograms", "tomograms.star")
+    assert "--t tomograms.star " in found.output
+    assert " --b 128 --crop 64 --bin 1 " in found.output
+    Path("two.star").write_text(TOMOGRAMS + "TS_02 3.0 4 224 192 160\n")
+    found = pick("--format", "relion5", "--output", "all.star", "--tomograms", "two.star")
+    assert " --bin <binning> " in found.output

@@ -409,7 +409,7 @@ def _say_what_follows(asked: PickRequest, targets: Mapping[str, Destination], do
         paths[0],
         done,
         diameter=asked.diameter,
-        pixel_size=asked.pixel_size,
+        pixel_size=_pixel_size(asked),
         tomograms=sizes,
         settings=next((name for name in asked.sizes if name.endswith(".settings")), None),
     )
@@ -417,6 +417,17 @@ def _say_what_follows(asked: PickRequest, targets: Mapping[str, Destination], do
         click.echo(f"next{'' if len(paths) == 1 else ', for each file'}:")
         for line in command.splitlines():
             click.echo(f"  {line}")
+
+
+def _pixel_size(asked: PickRequest) -> float | None:
+    """Return the pixel size of the tilt series, as was said or as the files of sizes have it for all."""
+    if asked.pixel_size is not None or not asked.sizes:
+        return asked.pixel_size
+    from tomocpt_stream.formats.extents import tomogram_extents
+
+    listed = tomogram_extents(asked.sizes)
+    found = {one.pixel_size for one in (*listed.values(), listed.every)} - {None}
+    return found.pop() if len(found) == 1 else None
 
 
 def _refuse_unwritable(asked: PickRequest, targets: Mapping[str, Destination]) -> None:
