@@ -88,6 +88,13 @@ def test_picks_come_from_addresses_and_go_there(s3: S3) -> None:
     np.testing.assert_allclose(score, some_picks(3).score, rtol=1e-5)
 
 
+def test_an_annotation_is_read_at_an_address_too(s3: S3) -> None:
+    options = s3.options(access_key_id="test", secret_access_key="test", skip_signature="false")
+    write_picks(some_picks(4), s3.address("a.ndjson"), storage_options=options)
+    (found,) = read_picks(s3.address("a.ndjson"), storage_options=options).values()
+    assert (found.voxel_size, found.particle) == (VOXEL_SIZE, "ribosome")
+
+
 def test_one_kind_of_several() -> None:
     write_picks([some_picks(3), some_picks(2, particle="b")], "a.csv")
     run("a.csv", "out", "--to", "ndjson")

@@ -317,7 +317,8 @@ def _at_hand(path: str | Path, kind: Kind, storage_options: Mapping[str, Any] | 
         file = Path(folder, _place(path)[1])
         file.write_bytes(data)
         if kind.beside:
-            _fetch_scores(f"{path}{SCORES}", file, storage_options)
+            for address, beside in zip(companions(path), companions(file), strict=True):
+                _fetch_beside(address, Path(beside), storage_options)
         try:
             yield file
         except FormatError as error:
@@ -327,17 +328,18 @@ def _at_hand(path: str | Path, kind: Kind, storage_options: Mapping[str, Any] | 
             raise FormatError(found, expected=expected, remedy=remedy) from error
 
 
-def _fetch_scores(address: str, file: Path, storage_options: Mapping[str, Any] | None) -> None:
-    """Put the scores that lie beside an address beside the file; a store may refuse what is not there."""
+def _fetch_beside(address: str, file: Path, storage_options: Mapping[str, Any] | None) -> None:
+    """Fetch what lies beside an address, if it is there; a store may refuse what is not."""
     from tomocpt_stream.receipts import get_object
 
     try:
-        scores = get_object(address, storage_options, FormatError)
+        data = get_object(address, storage_options, FormatError)
     except FormatError as error:
-        warnings.warn(f"read without scores: {error}", stacklevel=5)
+        what = "scores" if address.endswith(SCORES) else "annotation"
+        warnings.warn(f"read without {what}: {error}", stacklevel=5)
         return
-    if scores is not None:
-        file.with_name(f"{file.name}{SCORES}").write_bytes(scores)
+    if data is not None:
+        file.write_bytes(data)
 
 
 def _companion(path: str | Path, tomograms: Tomograms | None) -> tuple[str, str]:
