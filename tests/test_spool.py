@@ -276,6 +276,31 @@ def test_any_parts_come_once_and_are_right(
             assert store.traffic.stored == len(needed)
 
 
+def test_a_server_may_give_parts_of_some_objects_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Parts of the first wait for their turn when the second says that there are none of it.
+    class Some(RemoteStore):
+        async def part(self, key: str, start: int, stop: int, etag: str | None = None) -> Any:
+            if key == "d":
+                await turn.wait()
+                raise NoRangesError("no part", expected="all", remedy="ask otherwise")
+            if start:
+                turn.set()
+                await asyncio.sleep(0)
+            return await super().part(key, start, stop, etag)
+
+    monkeypatch.setattr(spool, "PART", 10)
+    for limit in (0, 1 << 20):
+        turn = asyncio.Event()
+        store = SpooledStore(remote(Some), limit)
+
+        async def together(store: SpooledStore = store) -> list[Any]:
+            return await asyncio.gather(*(store.get(key, PROTOTYPE) for key in "ada"))
+
+        for _ in range(2):
+            found = [one.to_bytes() for one in sync(together())]
+            assert found == [CONTENTS["a"], CONTENTS["d"], CONTENTS["a"]]
+
+
 @given(
     st.lists(st.tuples(st.integers(0, 3000), st.integers(1, 300)), max_size=40),
     st.sampled_from([1, 500, 10_000]),

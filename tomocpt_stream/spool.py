@@ -388,9 +388,11 @@ class SpooledStore(WrapperStore[RemoteStore]):
         known = self._objects[key]
         async with self._free:
             with suppress(ReplacedError):
-                found = await (self._part(key, start, stop, known.etag) if self._ranges else self._whole(key))
+                parts = self._ranges  # may change while this waits: no server has to give parts of all
+                found = await (self._part(key, start, stop, known.etag) if parts else self._whole(key))
                 if found is not None and found[1] == known.size:
-                    return await self._keep(label, found[0], keep=keep)
+                    data = found[0] if parts else found[0][start:stop]
+                    return await self._keep(label, data, keep=keep)
         raise BrokenSourceError(
             f"{self} has an object of which {key} was replaced while it was read, or deleted",
             expected="the object that was read from at first",
