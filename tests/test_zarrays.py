@@ -143,6 +143,23 @@ def test_an_object_cut_short_is_named(tmp_path: Path, layout: str, damage: str) 
         voxels(found.array, "fill").read(ALL)
 
 
+@pytest.mark.filterwarnings("ignore:Numcodecs codecs are not in the Zarr version 3 specification")
+@pytest.mark.parametrize("kind", ["codec of format 3", "filter of format 2"])
+def test_blosc_is_looked_at_wherever_it_is_last(tmp_path: Path, kind: str) -> None:
+    # Of a chunk that lacks some of its end Blosc decodes what lies behind it in memory.
+    more: dict[str, Any] = {"zarr_format": 3, "compressors": zarr.codecs.numcodecs.Blosc(cname="lz4")}
+    if kind == "filter of format 2":
+        more = {"zarr_format": 2, "filters": [numcodecs.Blosc(cname="lz4")], "compressors": None}
+    found = voxels(make(tmp_path, "v3-raw", **more))
+    np.testing.assert_array_equal(found.read(ALL), TRUTH)
+    victim = objects(tmp_path)[0]
+    raw = victim.read_bytes()
+    for keep in (len(raw) - 1, len(raw) - 8):
+        victim.write_bytes(raw[:keep])
+        with pytest.raises(SourceError, match=f"is cut short: {keep} bytes"):
+            found.read(ALL)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_small_boxes_of_an_object_cut_short_are_right_or_an_error(tmp_path: Path, layout: str) -> None:
     found = voxels(make(tmp_path, layout))

@@ -154,14 +154,14 @@ class ZarrVoxels:
 
     def __init__(self, array: zarr.Array[Any], order: Shape, missing: Missing, address: str) -> None:
         metadata: Any = array.metadata
-        last = metadata.compressor if metadata.zarr_format == 2 else metadata.codecs[-1]
-        blosc = isinstance(last, numcodecs.Blosc | BloscCodec)
         self._sharding = _sharding(metadata, address)
         self._stored = bare(array.store)
         self._asked = PatientStore(self._stored, SourceError)
         name = "zarr.json" if metadata.zarr_format == 3 else ".zarray"
         self._witness = f"{array.path}/{name}" if array.path else name
-        self._guarded = CheckedStore(self._asked, address, missing, blosc=blosc, witness=self._witness)
+        self._guarded = CheckedStore(
+            self._asked, address, missing, blosc=_ends_in_blosc(metadata), witness=self._witness
+        )
         self._told = False  # that some objects are refused
         self.array = zarr.Array(zarr.AsyncArray(metadata, StorePath(self._guarded, array.path)))
         self.order = order
@@ -416,6 +416,17 @@ class ZarrVoxels:
         total = 16 * math.prod(self._chunks_of_shard()) + 4 * (len(codec.index_codecs) - 1)
         at_start = codec.index_location.value == "start"
         return RangeByteRequest(0, total) if at_start else SuffixByteRequest(total)
+
+
+def _ends_in_blosc(metadata: Any) -> bool:
+    """Return whether stored chunks are Blosc's, by whichever of its names."""
+    if metadata.zarr_format == 2:
+        codecs = [*(metadata.filters or ()), *([metadata.compressor] if metadata.compressor else ())]
+    else:
+        codecs = list(metadata.codecs)
+    last = codecs[-1] if codecs else None
+    named = getattr(last, "codec_name", "") == "numcodecs.blosc"  # numcodecs' own in format 3
+    return named or isinstance(last, numcodecs.Blosc | BloscCodec)
 
 
 def _middle(length: int, chunk: int) -> slice:
