@@ -28,6 +28,7 @@ from tomocpt_stream.remote import (
     connect,
     is_remote,
     parent,
+    shown,
 )
 from tomocpt_stream.spool import SpooledStore
 
@@ -242,6 +243,7 @@ def test_names_of_other_libraries_are_understood() -> None:
         ("s3://bucket/a.zarr", {"max_retries": -1}),
         ("s3://bucket/a.zarr", {"retry_timeout": float("inf")}),
         ("https://host/a.mrc?X-Amz-Signature=1", {}),
+        ("https://[::1/a.mrc", {}),
     ],
 )
 def test_what_means_nothing_is_refused(address: str, options: dict[str, Any]) -> None:
@@ -252,12 +254,39 @@ def test_what_means_nothing_is_refused(address: str, options: dict[str, Any]) ->
 
 @pytest.mark.parametrize(
     "address",
-    ["https://me:hush@host/a.mrc", "https://hush@host/a.mrc", "s3://me:hush@bucket/a", "s3://b/a?sig=hush"],
+    [
+        "https://me:hush@host/a.mrc",
+        "https://hush@host/a.mrc",
+        "s3://me:hush@bucket/a",
+        "s3://b/a?sig=hush",
+        "https://host?sig=hush",
+        "s3://me:hu/hush+/@bucket/a",
+        "s3://b/a#hush",
+        "https://me:hu/hush@host/a",
+        "https://host?hush@there",
+    ],
 )
 def test_secrets_in_addresses_are_refused_and_not_repeated(address: str) -> None:
     with pytest.raises(SourceError, match="storage_options") as caught:
         connect(address)
     assert "hush" not in str(caught.value)
+    assert "hush" not in shown(address)
+    assert shown(address) in caught.value.found
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "/a/me:x@b.mrc",
+        "s3://b/c@d:e.mrc",
+        "https://host:80/a@b",
+        "https://[::1]:80/a",
+        "abfss://box@mine.host/a",
+        "a?b#c.mrc",
+    ],
+)
+def test_what_has_no_secrets_is_shown_as_it_is(text: str) -> None:
+    assert shown(text) == text
 
 
 @pytest.mark.parametrize("name", ["a b", "a#1", "a?1", "a%20b", "a+b", "é"])

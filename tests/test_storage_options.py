@@ -189,6 +189,14 @@ def test_what_is_no_option_is_not_repeated(wrong: str, folder: Path) -> None:
     assert "each is KEY=VALUE" in run(folder / "TS_1.zarr", "--storage-option", wrong, code=2).output
 
 
+def test_a_secret_in_an_address_is_not_repeated(words: list[str], tmp_path: Path) -> None:
+    for address in (f"s3://LABKEY:{SECRET}@box/a.zarr", f"https://host/a.mrc?X-Amz-Signature={SECRET}"):
+        for last in ((), (address,)):
+            said = run(address, *last, "--output", f"{tmp_path}/", code=1).output
+            assert "pass credentials in storage_options" in said or "given more than once" in said
+            assert SECRET not in said
+
+
 def test_options_are_for_the_provider_of_the_first_address() -> None:
     plain: dict[str, Any] = {
         "picker": "base",

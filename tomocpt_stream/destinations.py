@@ -14,7 +14,7 @@ from tomocpt_stream.errors import ActionableError, PlanError, SourceError
 from tomocpt_stream.formats import FORMATS, Kind
 from tomocpt_stream.pipeline import safe_name
 from tomocpt_stream.receipts import local_path
-from tomocpt_stream.remote import canonical, is_remote, parent
+from tomocpt_stream.remote import canonical, is_remote, parent, shown
 from tomocpt_stream.tomogram import address_name, open_tomogram
 
 if TYPE_CHECKING:
@@ -156,7 +156,7 @@ def unique_names(sources: Sequence[str], given: Mapping[str, str] | None = None)
     places = Counter(paths[source].resolve() for source in sources)
     if repeated := [source for source in sources if places[paths[source].resolve()] > 1]:
         raise PlanError(
-            f"{repeated[0]} given more than once",
+            f"{shown(repeated[0])} given more than once",
             expected="each tomogram once",
             remedy="leave the repetition out",
         )

@@ -35,7 +35,6 @@ from tomocpt_stream.errors import SourceError
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Mapping
     from typing import TypeVar
-    from urllib.parse import SplitResult
 
     from obstore import GetOptions
     from zarr.abc.store import ByteRequest
@@ -114,6 +113,8 @@ _LOGINS = ("sso_session", "sso_start_url", "credential_process", "role_arn", "lo
 _PLAIN = "/!$&'()*+,;=:@~"
 # So are options called that have something to sign requests with.
 _CREDENTIAL = re.compile("key|secret|token|credential|service_account|client_id|azure_cli|emulator")
+# How a user and a password begin, but no host and port; a password may have slashes, as those of AWS do.
+_PASSWORD = re.compile(r"[^/?#@]*:(?!\d*([/?#]|$))")
 _GOOGLE_LOGIN = Path(".config", "gcloud", "application_default_credentials.json")
 
 
@@ -243,7 +244,19 @@ class RemoteStore(WrapperStore[ObjectStore[Any]]):
 
 def is_remote(text: str) -> bool:
     """Return whether a text is an address with a scheme, other than file://."""
-    return "://" in text and urlsplit(text).scheme.lower() != "file"
+    scheme, found, _ = text.lstrip().partition("://")
+    return bool(found) and scheme.lower() != "file"
+
+
+def shown(text: str) -> str:
+    """Return a path or an address for a message, without what may be secret in it."""
+    if not is_remote(text):
+        return text
+    scheme, _, rest = text.partition("://")
+    web = SCHEMES.get(scheme.strip().lower()) == "web"
+    if _PASSWORD.match(rest) or (web and "@" in re.split("[/?#]", rest)[0]):
+        rest = rest.rpartition("@")[2]
+    return f"{scheme}://{re.split('[?#]', rest)[0]}"
 
 
 def canonical(address: str) -> str:
@@ -254,15 +267,22 @@ def canonical(address: str) -> str:
     SourceError
         An unknown scheme, no bucket or host, a password or a query, or .. in the path.
     """
-    parts = urlsplit(address)
+    try:
+        parts = urlsplit(address)
+    except ValueError as error:
+        raise SourceError(
+            f"the address {shown(address)} ({error})",
+            expected="a host or a bucket after the ://",
+            remedy="check its spelling",
+        ) from None
     scheme = parts.scheme.lower().replace("s3a", "s3")
     if scheme not in SCHEMES or not parts.netloc:
         raise SourceError(
-            f"the address {address}",
+            f"the address {shown(address)}",
             expected=f"a path, or an address that starts with {', '.join(f'{name}://' for name in SCHEMES)}",
             remedy="check its spelling",
         )
-    _refuse_secrets(parts, SCHEMES[scheme])
+    _refuse_secrets(address)
     try:
         path = quote(unquote(parts.path, errors="surrogateescape"), _PLAIN, errors="surrogateescape").rstrip(
             "/"
@@ -364,18 +384,17 @@ def first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0][:300]
 
 
-def _refuse_secrets(parts: SplitResult, cloud: str) -> None:
+def _refuse_secrets(address: str) -> None:
     """Refuse what would be a part of the address in messages and receipts; do not repeat it."""
-    place = parts.netloc.rpartition("@")[2]
-    if parts.password is not None or (cloud == "web" and place != parts.netloc):
+    if shown(address) != re.split("[?#]", address)[0]:
         raise SourceError(
-            f"the address {parts.scheme}://{place}{parts.path} has a user or a password before its host",
+            f"the address {shown(address)} has a user or a password before its host",
             expected="a plain address",
             remedy="leave them out; pass credentials in storage_options",
         )
-    if parts.query or parts.fragment:
+    if shown(address) != address:
         raise SourceError(
-            f"the address {parts.scheme}://{parts.netloc}{parts.path} has a query or a fragment",
+            f"the address {shown(address)} has a query or a fragment",
             expected="a plain address, below which objects have addresses of their own",
             remedy="leave out what follows the ? or #, or write %3F or %23 where that is in a name; pass "
             "credentials in storage_options",

@@ -229,6 +229,7 @@ def pick_all(asked: PickRequest, picker: Scorer | None = None) -> list[Picks]:
     with 1 follows at the end.
     """
     from tomocpt_stream.picker import load_picker
+    from tomocpt_stream.remote import shown
 
     options, targets = asked.options(), asked.destinations()
     _refuse_unwritten(asked, targets)
@@ -245,11 +246,12 @@ def pick_all(asked: PickRequest, picker: Scorer | None = None) -> list[Picks]:
                 _pick_one(source, target, asked, options, picker, client, done)
             except Exception as error:  # one bad tomogram must not cost the picks of the others
                 failed.append(source)
-                say_failure(source, error)
+                say_failure(shown(source), error)
     if done:
         _say_what_follows(asked, targets, done)
     if failed:
-        click.echo(f"{len(failed)} of {len(targets)} tomograms were not done: {', '.join(failed)}", err=True)
+        names = ", ".join(map(shown, failed))
+        click.echo(f"{len(failed)} of {len(targets)} tomograms were not done: {names}", err=True)
         raise SystemExit(1)
     return done
 
