@@ -198,6 +198,17 @@ def test_a_store_that_may_not_be_listed_may_lack_chunks_all_the_same(
         again.read(ALL)
 
 
+def test_an_archived_object_is_no_absent_one(s3: S3, way: Way, tmp_path: Path) -> None:
+    # The store answers 403 here too, of an object that is there.
+    array = zarr.create_array(tmp_path / "cold.zarr", shape=SHAPE, chunks=(32, 64, 64), dtype="f4")
+    array[:] = VOXELS
+    s3.bucket.put_folder(tmp_path / "cold.zarr", "cold.zarr")
+    place = {"Bucket": s3.bucket.name, "Key": "cold.zarr/c/1/0/0"}
+    s3.bucket.client.copy_object(**place, CopySource=place, StorageClass="GLACIER", ACL="public-read")
+    with pytest.raises(SourceError, match=r"cold.zarr has archived its object 'c/1/0/0'.*restore it"):
+        opened(s3, "cold.zarr", voxel_size=10.0, missing="fill").read(ALL)
+
+
 def test_a_private_object_says_what_to_do(s3: S3, way: Way) -> None:
     s3.bucket.put("private.mrc", b"x" * 2000, private=True)
     with pytest.raises(

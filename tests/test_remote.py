@@ -240,6 +240,8 @@ def test_names_of_other_libraries_are_understood() -> None:
         ("s3:///a.mrc", {}),
         ("s3://bucket/a.zarr", {"colour": "red"}),
         ("s3://bucket/a.zarr", {"timeout": "soon"}),
+        ("s3://bucket/a.zarr", {"token": "from a file\n"}),
+        ("s3://bucket/a.zarr", {"key": "me", "secret": "hush☃"}),
         ("s3://bucket/a.zarr", {"max_retries": -1}),
         ("s3://bucket/a.zarr", {"retry_timeout": float("inf")}),
         ("https://host/a.mrc?X-Amz-Signature=1", {}),
@@ -250,6 +252,7 @@ def test_what_means_nothing_is_refused(address: str, options: dict[str, Any]) ->
     with pytest.raises(SourceError, match="expected") as caught:
         connect(address, options)
     assert address.partition("?")[0] in caught.value.found
+    assert "hush" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

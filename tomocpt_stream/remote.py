@@ -74,6 +74,7 @@ _ALIASES = {
     "aws_secret_access_key": "secret_access_key",
     "aws_session_token": "session_token",
 }
+_ARCHIVED = "InvalidObjectState"
 _UNSATISFIED = "416 Range Not Satisfiable"
 _TIMES = ("retry_timeout", "max_retries", "connect_timeout", "timeout")
 # Whichever of these is set, the environment has something to sign requests with. obstore reads them.
@@ -115,6 +116,9 @@ _PLAIN = "/!$&'()*+,;=:@~"
 _CREDENTIAL = re.compile("key|secret|token|credential|service_account|client_id|azure_cli|emulator")
 # How a user and a password begin, but no host and port; a password may have slashes, as those of AWS do.
 _PASSWORD = re.compile(r"[^/?#@]*:(?!\d*([/?#]|$))")
+# Options that become parts of requests as they are, and what no request may have.
+_HEADERS = ("access_key_id", "secret_access_key", "session_token", "region", "endpoint")
+_CROOKED = re.compile(r"[^\x21-\x7e]")
 _GOOGLE_LOGIN = Path(".config", "gcloud", "application_default_credentials.json")
 
 
@@ -228,6 +232,12 @@ class RemoteStore(WrapperStore[ObjectStore[Any]]):
         try:
             return await request
         except (PermissionDeniedError, UnauthenticatedError) as error:
+            if _ARCHIVED in str(error):  # also a 403, of an object that is there
+                raise SourceError(
+                    f"{self.address} has archived its object {key!r} ({_ARCHIVED})",
+                    expected="an object that can be read at once",
+                    remedy="restore it, with all others of this tomogram, and run again",
+                ) from error
             raise self.forbidden(key) from error
 
     def forbidden(self, key: str) -> ForbiddenError:
@@ -336,6 +346,12 @@ def connect(address: str, options: Mapping[str, Any] | None = None, *, read_only
     given.pop("cache_bytes", None)  # of those who read tomograms
     if cloud == "google" and "endpoint" in given:
         given["base_url"] = given.pop("endpoint")
+    if crooked := [name for name, value in given.items() if _CROOKED.search(str(value)) and name in _HEADERS]:
+        raise SourceError(
+            f"the option {crooked[0]} for {root} has an end of a line, or another character of no key",
+            expected="the text alone",
+            remedy="take off what surrounds it, such as the end of the line of a file that it was read from",
+        )
     try:
         times = {name: float(given.pop(name)) for name in _TIMES if name in given}
         config = {**_defaults(cloud, parts.netloc, given), **given}
