@@ -229,6 +229,18 @@ def test_options_are_for_the_provider_of_the_first_address() -> None:
     assert "there" not in repr(asked)
 
 
+def test_picks_are_written_below_a_file_address(
+    tmp_path: Path, ours: Picks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("some.star", "some.mod"):
+        address = f"file://{tmp_path}/more%20of/{name}"
+        write_picks(ours, address)
+        (found,) = read_picks(address, voxel_size=ours.voxel_size).values()
+        assert len(found) == len(ours)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["more of", "some.mod", "some.star"]
+
+
 def test_errors_in_a_file_name_its_address(s3: S3, way: Way) -> None:
     s3.bucket.put("broken.star", b"data_particles\n\nloop_\n_rlnCoordinateX #1\n1.0\n")
     with pytest.raises(FormatError) as caught:

@@ -302,13 +302,14 @@ def _read(
 @contextmanager
 def _at_hand(path: str | Path, kind: Kind, storage_options: Mapping[str, Any] | None) -> Iterator[Path]:
     """Yield the path of a file; what lies at an address is fetched, and errors say the address."""
-    from tomocpt_stream.receipts import get_object
+    from tomocpt_stream.receipts import get_object, local_path
     from tomocpt_stream.remote import is_remote
 
     if not (isinstance(path, str) and is_remote(path)):
-        if not (Path(path).is_file() or (kind.folder and Path(path).is_dir())):
+        there = Path(local_path(path))
+        if not (there.is_file() or (kind.folder and there.is_dir())):
             raise FormatError(f"no file {path}", expected="a coordinate file", remedy="check the path")
-        yield Path(path)
+        yield there
         return
     data = get_object(path, storage_options, FormatError)
     if data is None:
@@ -389,11 +390,12 @@ def _module(kind: Kind) -> Any:
 
 
 def _place(path: str | Path) -> tuple[str | Path, str]:
+    from tomocpt_stream.receipts import local_path
     from tomocpt_stream.remote import canonical, is_remote, parent
 
     if isinstance(path, str) and is_remote(path):
         return parent(canonical(path))
-    found = Path(path)
+    found = Path(local_path(path))
     if found.name in ("", ".."):  # "." has no name of its own, and "/x" is not in it
         found = found.resolve()
     if not found.name:
