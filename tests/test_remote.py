@@ -103,6 +103,13 @@ def test_an_object_has_one_address(text: str, one: str) -> None:
     assert canonical(text) == canonical(one) == connect(text).address == one
 
 
+def test_the_names_of_azure_are_one_unless_they_name_an_account() -> None:
+    assert canonical("ABFSS://box/a") == canonical("abfs://box/a") == "az://box/a"
+    address = "abfss://box@mine.dfs.core.windows.net/a"
+    assert canonical(address) == address
+    assert connect(address, {"skip_signature": True}).address == address
+
+
 def test_an_address_of_no_letters_is_refused() -> None:
     for path in ("\ud800", "%ff"):
         with pytest.raises(SourceError, match="s3://box/"):

@@ -58,6 +58,8 @@ SCHEMES = {
     "http": "web",
 }
 
+_SAME = {"s3a": "s3", "abfs": "az", "abfss": "az"}
+
 # Seconds that one request may be repeated for, and how often; then it is an error that names the object.
 RETRY_TIMEOUT, MAX_RETRIES = 180.0, 10
 CONNECT_TIMEOUT, TIMEOUT = 10.0, 120.0
@@ -285,7 +287,9 @@ def canonical(address: str) -> str:
             expected="a host or a bucket after the ://",
             remedy="check its spelling",
         ) from None
-    scheme = parts.scheme.lower().replace("s3a", "s3")
+    scheme = parts.scheme.lower()
+    if "@" not in parts.netloc:  # which abfs and abfss have where they name an account
+        scheme = _SAME.get(scheme, scheme)
     if scheme not in SCHEMES or not parts.netloc:
         raise SourceError(
             f"the address {shown(address)}",
