@@ -160,6 +160,27 @@ def test_blosc_is_looked_at_wherever_it_is_last(tmp_path: Path, kind: str) -> No
             found.read(ALL)
 
 
+@pytest.mark.parametrize("taken", ["all", "one byte"])
+@pytest.mark.parametrize("codec", [BloscCodec(), ZstdCodec(), None])
+def test_a_chunk_cut_short_inside_a_shard_is_named(tmp_path: Path, codec: Any, taken: str) -> None:
+    layout = ShardingCodec(
+        chunk_shape=(4, 4, 4),
+        codecs=[BytesCodec(), *([codec] if codec else [])],
+        index_codecs=[BytesCodec()],
+        index_location="start",
+    )
+    found = voxels(make(tmp_path, "v3-raw", serializer=layout))
+    victim = objects(tmp_path)[0]
+    raw = bytearray(victim.read_bytes())
+    length = int.from_bytes(raw[8:16], "little")  # of the first chunk, after its offset
+    raw[8:16] = (0 if taken == "all" else length - 1).to_bytes(8, "little")
+    victim.write_bytes(raw)
+    corner = (slice(0, 4), slice(0, 4), slice(0, 4))
+    for missing in ("error", "fill"):
+        with pytest.raises(SourceError, match=r"some/where.zarr has an object c/0/0/0 "):
+            voxels(found.array, missing).read(corner)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_small_boxes_of_an_object_cut_short_are_right_or_an_error(tmp_path: Path, layout: str) -> None:
     found = voxels(make(tmp_path, layout))

@@ -57,8 +57,11 @@ class CheckedStore(WrapperStore[Store]):
 
     A store that may not be listed refuses what it has not. With `missing="fill"` a refused object counts
     as absent, and its key is in `refused`, where the array's metadata, the object `witness`, are given
-    at the same time with the same credentials.
+    at the same time with the same credentials. With `blosc` whole objects are Blosc's chunks; where
+    `index` says which part of a shard is its index, other parts are.
     """
+
+    index: ByteRequest | None = None
 
     def __init__(
         self, store: Store, address: str, missing: Missing, *, blosc: bool, witness: str | None = None
@@ -75,7 +78,9 @@ class CheckedStore(WrapperStore[Store]):
         return {**self.__dict__, "refused": set()}
 
     def _with_store(self, store: Store) -> CheckedStore:
-        return CheckedStore(store, self._address, self._missing, blosc=self._blosc, witness=self._witness)
+        same = CheckedStore(store, self._address, self._missing, blosc=self._blosc, witness=self._witness)
+        same.index = self.index
+        return same
 
     async def get(
         self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None
@@ -97,6 +102,8 @@ class CheckedStore(WrapperStore[Store]):
         needed = 1
         if isinstance(byte_range, RangeByteRequest):
             needed = byte_range.end - byte_range.start
+            if self.index not in (None, byte_range) and len(found) >= needed:
+                needed = _blosc_bytes(found)
         elif self._blosc and byte_range is None:
             needed = _blosc_bytes(found)
         if len(found) < needed:
@@ -160,7 +167,7 @@ class ZarrVoxels:
         name = "zarr.json" if metadata.zarr_format == 3 else ".zarray"
         self._witness = f"{array.path}/{name}" if array.path else name
         self._guarded = CheckedStore(
-            self._asked, address, missing, blosc=_ends_in_blosc(metadata), witness=self._witness
+            self._asked, address, missing, blosc=_ends_in_blosc(_codecs(metadata)), witness=self._witness
         )
         self._told = False  # that some objects are refused
         self.array = zarr.Array(zarr.AsyncArray(metadata, StorePath(self._guarded, array.path)))
@@ -170,6 +177,8 @@ class ZarrVoxels:
         self.shape: Shape = (array.shape[order[0]], array.shape[order[1]], array.shape[order[2]])
         self.dtype: np.dtype[Any] = np.dtype(array.dtype)
         self._objects: tuple[int, ...] = tuple(array.shards or array.chunks)
+        if self._sharding is not None and _ends_in_blosc(self._sharding.codecs):
+            self._guarded.index = self._index_range()
         self._token = uuid4().hex  # under which its chunks are kept when they are decoded
 
     @property
@@ -380,10 +389,10 @@ class ZarrVoxels:
         if gone.any() and self.missing == "error":
             raise absent(self.address, f"{key}: of its chunks that are needed {gone.sum()} are absent")
         size = np.uint64(sync(self._asked.getsize(key)))
-        inside = (offsets <= size) & (lengths <= size - np.minimum(offsets, size))
+        inside = (lengths > 0) & (offsets <= size) & (lengths <= size - np.minimum(offsets, size))
         if not (gone | inside).all():
             raise SourceError(
-                f"{self.address} has an object {key} whose index points beyond its {size} bytes",
+                f"{self.address} has an object {key} whose index points beyond its {size} bytes, or to none",
                 expected="a whole shard",
                 remedy="copy that object again",
             )
@@ -418,12 +427,15 @@ class ZarrVoxels:
         return RangeByteRequest(0, total) if at_start else SuffixByteRequest(total)
 
 
-def _ends_in_blosc(metadata: Any) -> bool:
-    """Return whether stored chunks are Blosc's, by whichever of its names."""
-    if metadata.zarr_format == 2:
-        codecs = [*(metadata.filters or ()), *([metadata.compressor] if metadata.compressor else ())]
-    else:
-        codecs = list(metadata.codecs)
+def _codecs(metadata: Any) -> Sequence[Any]:
+    """Return what chunks go through until they are stored."""
+    if metadata.zarr_format == 3:
+        return tuple(metadata.codecs)
+    return (*(metadata.filters or ()), *((metadata.compressor,) if metadata.compressor else ()))
+
+
+def _ends_in_blosc(codecs: Sequence[Any]) -> bool:
+    """Return whether what codecs make is Blosc's, by whichever of its names."""
     last = codecs[-1] if codecs else None
     named = getattr(last, "codec_name", "") == "numcodecs.blosc"  # numcodecs' own in format 3
     return named or isinstance(last, numcodecs.Blosc | BloscCodec)
