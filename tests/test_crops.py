@@ -153,3 +153,11 @@ def test_example_of_a_volume_has_its_centres_on_the_working_grid(tmp_path: Path)
     made = example(volume, picks)
     np.testing.assert_allclose(made.centres, [[1.5, 5.0, 10.0]])
     assert made.volume.shape == (12, 15, 18)
+
+
+def test_crops_longer_than_wide_keep_their_shape_when_turned() -> None:
+    voxels = np.linspace(0, 1, 4 * 6 * 8, dtype=np.float32).reshape(4, 6, 8)
+    for seed in range(8):
+        turned, label = augment(voxels, voxels, Augmentation(turns=True), np.random.default_rng(seed))
+        assert turned.shape == voxels.shape
+        np.testing.assert_array_equal(turned, label)

@@ -130,6 +130,8 @@ def augment(
     if by.turns:
         flips = tuple(int(axis) for axis in np.flatnonzero(rng.integers(2, size=3)))
         turns = int(rng.integers(4))
+        if voxels.shape[1] != voxels.shape[2]:
+            turns = turns // 2 * 2  # a quarter turn would give another shape
         voxels, label = (np.rot90(np.flip(a, flips), turns, axes=(1, 2)) for a in (voxels, label))
     # One draw each, whether used or not, so that switching one change on leaves the others as they were.
     factor, shift, noise, blur, sharpen = (
