@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from kornia.filters import spatial_gradient3d
 
 from tomocpt_stream.crops import Example, Sampling, check_examples, draw_batch
+from tomocpt_stream.epochs import Epochs
 from tomocpt_stream.errors import CheckpointError, PlanError
 from tomocpt_stream.network import build_network, named_architecture, place, start_quiet
 from tomocpt_stream.picker import Picker, load_picker, picker_metadata
@@ -119,31 +120,36 @@ def ignore(step: Step) -> None:
 
 
 def train(
-    examples: Sequence[Example],
+    examples: Sequence[Example] | Epochs,
     *,
     options: TrainOptions,
     folder: Path,
-    validation: Sequence[Example] = (),
+    validation: Sequence[Example] | Epochs = (),
     start: Picker | None = None,
     provenance: dict[str, Any] | None = None,
     on_step: Callable[[Step], None] = ignore,
 ) -> Picker:
     """Return a picker trained on `examples`; the best by validation loss, or the last without validation.
 
+    Examples are drawn from at random by `options.sampling`; `Epochs` give each of their crops in turn.
+
     `folder` takes `state.pt`, `last.safetensors` and `best.safetensors` at every checkpoint; where it
     holds the state of a run with the same options, that run goes on. `start` gives the first weights
-    (fine-tuning); its architecture must be that of the options. `provenance` is kept in the picker.
+    (fine-tuning) and says how protein looks; its architecture must be that of the options. `provenance`
+    is kept in the picker.
 
     Raises CheckpointError where the folder holds another run, SourceError where there is no particle.
     """
-    check_examples(examples, "training")
+    if not isinstance(examples, Epochs):
+        check_examples(examples, "training")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network, averaged = _networks(options, start, device)
     optimiser = torch.optim.AdamW(
         network.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay
     )
     record = {"options": options.to_json()} | (provenance or {})
-    run = _Run(options, network, averaged, optimiser, folder, record)
+    contrast = "dark" if start is None else start.contrast
+    run = _Run(options, network, averaged, optimiser, folder, record, contrast)
     first = run.resume()
     held = list(_held_crops(validation, options)) if validation else []
 
@@ -256,18 +262,26 @@ def _networks(
 
 
 def _crops(
-    examples: Sequence[Example], options: TrainOptions, step: int
+    examples: Sequence[Example] | Epochs, options: TrainOptions, step: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    voxels, label = draw_batch(
-        examples, options.sampling, size=options.batch_size, seed=options.seed, step=step
-    )
+    if isinstance(examples, Epochs):
+        voxels, label = examples.batch(options.batch_size, step)
+    else:
+        voxels, label = draw_batch(
+            examples, options.sampling, size=options.batch_size, seed=options.seed, step=step
+        )
     return torch.from_numpy(voxels), torch.from_numpy(label)
 
 
 def _held_crops(
-    validation: Sequence[Example], options: TrainOptions
+    validation: Sequence[Example] | Epochs, options: TrainOptions
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield the crops that the validation loss is measured on; never those of a training step."""
+    if isinstance(validation, Epochs):
+        for index in range(min(len(validation), options.validation_crops)):
+            voxels, label = validation.batch(1, index)
+            yield torch.from_numpy(voxels), torch.from_numpy(label)
+        return
     check_examples(validation, "validation")
     plain = Sampling(options.sampling.window, options.sampling.radius, options.sampling.label)
     for index in range(options.validation_crops):
@@ -306,6 +320,7 @@ class _Run:
     optimiser: torch.optim.Optimizer
     folder: Path
     record: dict[str, Any]
+    contrast: str
     best: float = math.inf
 
     def resume(self) -> int:
@@ -356,6 +371,7 @@ class _Run:
             window=sampling.window,
             particle_radius=sampling.radius,
             label={"kind": sampling.label, "widths": list(WIDTHS)},
+            contrast=self.contrast,
             provenance=self.record | {"step": step, "validation_loss": validation},
         )
         return Picker(copy, metadata)

@@ -1,0 +1,156 @@
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from tomocpt_stream.blocks import Window
+from tomocpt_stream.crops import Augmentation, Example, Sampling, read_crop
+from tomocpt_stream.epochs import Epochs, Part, split
+
+SAMPLING = Sampling(window=Window((64, 64, 64), (8, 8, 8)), radius=10.0)
+SMALL = Sampling(window=Window((32, 32, 32), (4, 4, 4)), radius=4.0)
+
+
+@dataclass(frozen=True, eq=False)
+class _Memory:
+    array: npt.NDArray[np.float32]
+    percentiles: tuple[float, float, float] = (-2.0, 0.5, 2.0)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        z, y, x = self.array.shape
+        return (z, y, x)
+
+
+def _example(shape: tuple[int, int, int], centres: list[list[float]], seed: int = 0) -> Example:
+    array = np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
+    return Example(_Memory(array), np.array(centres, dtype=np.float64).reshape(-1, 3))
+
+
+def test_crops_lie_at_a_stride_of_32_and_cover_every_voxel() -> None:
+    epochs = Epochs([_example((70, 150, 200), [[30, 70, 100]])], SAMPLING)
+    rows = np.concatenate([epochs.positive, epochs.negative])
+    assert len(np.unique(rows, axis=0)) == len(rows)
+    for axis, whole in enumerate((70, 150, 200), start=1):
+        starts = np.unique(rows[:, axis])
+        assert starts[0] == -8
+        assert starts[-1] + 64 == whole + 8
+        assert (np.diff(starts[:-1]) == 32).all()
+        assert starts[-1] - starts[-2] <= 32
+
+
+def test_a_crop_is_positive_where_its_label_is() -> None:
+    centres = [[0.2, 3.1, 199.4], [35.0, 149.0, 20.0], [69.5, 80.0, 100.0], [-4.0, 60.0, 60.0]]
+    item = _example((70, 150, 200), centres)
+    epochs = Epochs([item], SAMPLING)
+    for kind, rows in (("positive", epochs.positive), ("negative", epochs.negative)):
+        for _, *start in rows.tolist():
+            assert read_crop(item, start, SAMPLING)[1].any() == (kind == "positive")
+    # Each particle, those at and behind the faces too, reaches some crop.
+    for centre in centres:
+        assert len(Epochs([replace(item, centres=np.array([centre]))], SAMPLING).positive)
+
+
+def test_an_epoch_has_each_positive_crop_once_and_as_many_others() -> None:
+    examples = [_example((40, 100, 120), [[20, 50, 60]]), _example((40, 100, 120), [], seed=1)]
+    epochs = Epochs(examples, SMALL, seed=3)
+    assert len(epochs) == 2 * len(epochs.positive)
+    orders = [{tuple(row) for row in epochs.order(epoch).tolist()} for epoch in (0, 1)]
+    positive = {tuple(row) for row in epochs.positive.tolist()}
+    for order in orders:
+        assert len(order) == len(epochs)
+        assert positive < order
+    assert orders[0] != orders[1]
+    assert {row[0] for order in orders for row in order - positive} == {0, 1}
+
+
+def test_the_steps_of_an_epoch_give_its_crops() -> None:
+    item = _example((40, 100, 120), [[20, 50, 60]])
+    epochs = Epochs([item], SMALL, seed=3)
+    sizes = [len(epochs.batch(5, step)[0]) for step in range(epochs.steps(5))]
+    assert sum(sizes) == len(epochs)
+    assert set(sizes[:-1]) == {5}
+    voxels, label = epochs.batch(5, epochs.steps(5) + 1)
+    for row, crop, painted in zip(epochs.order(1)[5:10].tolist(), voxels, label, strict=True):
+        expected = read_crop(item, row[1:], SMALL)
+        np.testing.assert_array_equal(crop, expected[0])
+        np.testing.assert_array_equal(painted, expected[1])
+
+
+def test_batches_follow_from_seed_and_step_alone() -> None:
+    turned = replace(SMALL, augmentation=Augmentation(turns=True, noise=0.2))
+    examples = [_example((40, 100, 120), [[20, 50, 60]])]
+    one, other = Epochs(examples, turned, seed=3), Epochs(examples, turned, seed=3)
+    one.batch(4, 0)
+    one.batch(4, 99)
+    for first, second in zip(one.batch(4, 7), other.batch(4, 7), strict=True):
+        np.testing.assert_array_equal(first, second)
+    assert not np.array_equal(one.batch(4, 7)[0], Epochs(examples, turned, seed=4).batch(4, 7)[0])
+
+
+def test_without_a_particle_there_are_no_crops() -> None:
+    assert len(Epochs([_example((40, 100, 120), [])], SMALL)) == 0
+
+
+def test_from_five_groups_on_whole_ones_are_kept() -> None:
+    examples = [_example((8, 8, 8), [[4, 4, 4]] * (k != 3)) for k in range(11)]
+    groups = [f"g{k}" for k in range(10)] + ["g0"]
+    parted = split(examples, groups, SMALL, seed=1)
+    assert len({id(item) for item in [*parted.training, *parted.validation]}) == 11
+    held = {groups[examples.index(item)] for item in parted.validation}
+    learnt = {groups[examples.index(item)] for item in parted.training}
+    assert len(held) == 2
+    assert not held & learnt
+    assert "g3" in learnt
+    assert all(name in parted.remarks[0] for name in held)
+    assert any(split(examples, groups, SMALL, seed=k).validation != parted.validation for k in range(2, 6))
+
+
+def test_with_fewer_each_gives_a_slab_behind_a_gap() -> None:
+    rng = np.random.default_rng(0)
+    centres = rng.uniform(0, (40, 200, 90), size=(60, 3))
+    item = replace(_example((40, 200, 90), []), centres=centres)
+    parted = split([item], ["one"], SMALL)
+    (learnt,), (held,) = parted.training, parted.validation
+    assert "20% along y of one" in parted.remarks[0] or "20% along x of one" in parted.remarks[0]
+    axis = int(np.flatnonzero(np.not_equal(held.volume.shape, item.volume.shape))[0])
+    whole = item.volume.shape[axis]
+    assert held.volume.shape[axis] == round(0.2 * whole)
+    assert learnt.volume.shape[axis] == whole - 32 - round(0.2 * whole)
+    spans = []
+    for one in (learnt.volume, held.volume):
+        assert isinstance(one, Part)
+        spans.append((one.start[axis], one.start[axis] + one.shape[axis]))
+    low, high = sorted(spans)
+    assert high[0] - low[1] == 32
+    assert (low[0], high[1]) == (0, whole)
+
+
+def test_a_slab_is_the_volume_between_its_faces() -> None:
+    centres = [[20, y, 45.25] for y in range(5, 200, 10)]
+    item = _example((40, 200, 90), centres)
+    parted = split([item], ["one"], SMALL)
+    part = parted.validation[0]
+    assert isinstance(part.volume, Part)
+    start = [first + more for first, more in zip(part.volume.start, (2, 3, 30), strict=True)]
+    voxels, label = read_crop(part, (2, 3, 30), SMALL)
+    expected = read_crop(item, start, SMALL)
+    np.testing.assert_array_equal(voxels, expected[0])
+    np.testing.assert_array_equal(label, expected[1])
+    assert label.any()
+
+
+@pytest.mark.parametrize(
+    ("shape", "centres"), [((40, 70, 70), [[20, 5, 5], [20, 65, 65]]), ((40, 200, 90), [[20, 100, 45]])]
+)
+def test_what_cannot_be_parted_is_learnt_whole(
+    shape: tuple[int, int, int], centres: list[list[float]]
+) -> None:
+    item = _example(shape, centres)
+    parted = split([item], ["one"], SMALL)
+    assert parted.training == [item]
+    assert not parted.validation
+    assert parted.remarks[0].startswith("validation: nothing of one")
