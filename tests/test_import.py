@@ -108,6 +108,7 @@ def test_the_names_of_the_design_are_public() -> None:
             "Match",
             "paint_targets",
             "train",
+            "fine_tune",
             "simulate_tomogram",
         ),
     }

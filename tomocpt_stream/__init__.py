@@ -28,12 +28,14 @@ if TYPE_CHECKING:
     from tomocpt_stream.evaluation import Match as Match
     from tomocpt_stream.evaluation import evaluate as evaluate
     from tomocpt_stream.evaluation import match as match
+    from tomocpt_stream.finetuning import fine_tune as fine_tune
     from tomocpt_stream.formats import read_picks as read_picks
     from tomocpt_stream.formats import write_picks as write_picks
     from tomocpt_stream.heatmap import Heatmap as Heatmap
     from tomocpt_stream.heatmap import PickOptions as PickOptions
     from tomocpt_stream.heatmap import open_heatmap as open_heatmap
     from tomocpt_stream.heatmap import predict as predict
+    from tomocpt_stream.labelled import LabelledTomogram as LabelledTomogram
     from tomocpt_stream.lazy import heatmap_lazy as heatmap_lazy
     from tomocpt_stream.peaks import find_peaks as find_peaks
     from tomocpt_stream.phantom import simulate_tomogram as simulate_tomogram
@@ -62,8 +64,10 @@ _HOME = {
     ),
     "curves": ("sweep",),
     "evaluation": ("Evaluation", "Match", "evaluate", "match"),
+    "finetuning": ("fine_tune",),
     "formats": ("read_picks", "write_picks"),
     "heatmap": ("Heatmap", "PickOptions", "open_heatmap", "predict"),
+    "labelled": ("LabelledTomogram",),
     "lazy": ("heatmap_lazy",),
     "peaks": ("find_peaks",),
     "phantom": ("simulate_tomogram",),

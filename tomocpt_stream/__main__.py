@@ -14,6 +14,7 @@ import click
 from tomocpt_stream.convert_command import convert
 from tomocpt_stream.errors import ActionableError
 from tomocpt_stream.evaluate_command import evaluate_command
+from tomocpt_stream.finetune_command import finetune_command
 from tomocpt_stream.portal_commands import portal
 from tomocpt_stream.request import PickRequest, format_options, pick_all, storage_option
 from tomocpt_stream.terminal import (
@@ -198,6 +199,7 @@ def pick_command(**settings: Any) -> None:
 main.add_command(portal)
 main.add_command(convert)
 main.add_command(evaluate_command)
+main.add_command(finetune_command)
 main.add_command(view_command)
 main.add_command(curate_command)
 

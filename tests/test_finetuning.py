@@ -1,0 +1,190 @@
+from __future__ import annotations
+
+import json
+import logging
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+
+from tomocpt_stream.__main__ import main
+from tomocpt_stream.blocks import Window
+from tomocpt_stream.crops import Augmentation
+from tomocpt_stream.errors import CheckpointError, PlanError, SourceError
+from tomocpt_stream.evaluation import match
+from tomocpt_stream.finetuning import fine_tune
+from tomocpt_stream.formats import write_picks
+from tomocpt_stream.heatmap import PickOptions
+from tomocpt_stream.labelled import LabelledTomogram
+from tomocpt_stream.network import build_network, named_architecture, start_quiet
+from tomocpt_stream.phantom import write_mrc
+from tomocpt_stream.picker import Picker, load_picker, picker_metadata
+from tomocpt_stream.picks import Picks
+from tomocpt_stream.pipeline import pick
+from tomocpt_stream.targets import paint_box
+from tomocpt_stream.tomogram import open_tomogram
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tomocpt_stream.training import Step
+
+SHAPE = (24, 128, 44)
+STILL = Augmentation()
+
+
+def _parent(contrast: str = "dark") -> Picker:
+    torch.manual_seed(0)
+    architecture = named_architecture("small") | {"depths": [1, 1, 1, 1]}
+    network = build_network(architecture)
+    start_quiet(network)
+    window = Window((32, 32, 64), (4, 4, 8))
+    metadata = picker_metadata(architecture, window=window, particle_radius=5.0, contrast=contrast)
+    return Picker(network, metadata)
+
+
+def _phantom(seed: int = 0, name: str = "TS_1") -> LabelledTomogram:
+    """Dark balls of 10 voxels in noise, one of them at a face."""
+    rng = np.random.default_rng(seed)
+    places = [(12, y, x) for y in range(8, 128, 16) for x in (0, 20, 38)]
+    centres = np.array(places, dtype=np.float64) + rng.uniform(-2, 2, (len(places), 3))
+    box = (slice(0, SHAPE[0]), slice(0, SHAPE[1]), slice(0, SHAPE[2]))
+    balls = paint_box(centres, box, radius=5.0, label="binary")
+    voxels = 0.3 * rng.standard_normal(SHAPE, dtype=np.float32) - 2 * balls
+    picks = Picks(centres, np.ones(len(centres), np.float32), voxel_size=10.0, tomogram=name, shape=SHAPE)
+    return LabelledTomogram(open_tomogram(voxels, voxel_size=10.0, name=name), picks, 100.0)
+
+
+def _tune(folder: Path, items: list[LabelledTomogram] | None = None, **asked: Any) -> Picker:
+    options: dict[str, Any] = {"epochs": 2, "batch_size": 8, "picker": _parent(), "augmentation": STILL}
+    return fine_tune(items or [_phantom()], folder=folder, **(options | asked))
+
+
+def test_fine_tuning_learns_a_phantom(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    item = _phantom()
+    losses: list[float] = []
+
+    def listen(step: Step) -> None:
+        if step.validation is not None:
+            losses.append(step.validation)
+
+    with caplog.at_level(logging.INFO, logger="tomocpt_stream"):
+        tuned = _tune(tmp_path, [item], epochs=8, batch_size=1, learning_rate=1e-2, on_step=listen)
+    assert len(losses) == 8
+    assert min(losses) < 0.7 * losses[0]
+    assert any("20% along y of TS_1" in line for line in caplog.messages)
+
+    def f1(picker: Picker) -> float:
+        assert not isinstance(item.tomogram, str)
+        found = pick(item.tomogram, picker, PickOptions(diameter=100.0, threshold=0.3))  # type: ignore[arg-type]
+        assert isinstance(item.picks, Picks)
+        return match(found, item.picks, tolerance=50.0).f1
+
+    assert f1(tuned) > f1(_parent()) + 0.15
+
+
+def test_two_runs_are_equal_and_a_killed_one_goes_on(tmp_path: Path) -> None:
+    whole: list[Step] = []
+    unbroken = _tune(tmp_path / "whole", batch_size=2, on_step=whole.append)
+    seen: list[Step] = []
+
+    def stop(step: Step) -> None:
+        seen.append(step)
+        if step.validation is not None:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        _tune(tmp_path / "killed", batch_size=2, on_step=stop)
+    assert 0 < len(seen) < len(whole)
+    resumed = _tune(tmp_path / "killed", batch_size=2, on_step=seen.append)
+    assert [(step.step, step.loss, step.validation) for step in seen] == [
+        (step.step, step.loss, step.validation) for step in whole
+    ]
+    assert resumed.fingerprint == unbroken.fingerprint
+    weights = [load_picker(tmp_path / name / "run" / "last.safetensors") for name in ("whole", "killed")]
+    assert weights[0].fingerprint == weights[1].fingerprint
+
+
+def test_the_picker_says_what_it_was_made_of(tmp_path: Path) -> None:
+    parent = _parent("bright")
+    tuned = _tune(tmp_path, [_phantom(k, f"TS_{k}") for k in range(2)], epochs=1, picker=parent)
+    kept = tuned.metadata["provenance"]
+    assert kept["parent"] == parent.fingerprint
+    assert kept["tomograms"] == ["TS_0", "TS_1"]
+    assert len(set(kept["examples"])) == 2
+    assert kept["particles"] == 2 * 24
+    assert kept["options"]["learning_rate"] == 5e-5
+    assert len(kept["split"]) == 2
+    # What the network is fed with stays what it was fed with.
+    assert (tuned.contrast, tuned.particle_radius, tuned.window) == ("bright", 5.0, parent.window)
+    # Nothing is frozen.
+    before, after = (build_network(parent.metadata["architecture"]) for _ in range(2))
+    parent.copy_weights(before)
+    tuned.copy_weights(after)
+    still = [
+        name
+        for (name, one), other in zip(before.named_parameters(), after.parameters(), strict=True)
+        if torch.equal(one, other)
+    ]
+    assert not still
+
+
+def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text("{")
+    with pytest.raises(CheckpointError, match="choose another folder"):
+        _tune(tmp_path)
+    (tmp_path / "run.json").unlink()
+    with pytest.raises(KeyboardInterrupt):
+        _tune(tmp_path, progress=_interrupt)
+    with pytest.raises(CheckpointError, match="differs in examples"):
+        _tune(tmp_path, [_phantom(5)])
+    with pytest.raises(CheckpointError, match="differs in epochs, options"):
+        _tune(tmp_path, epochs=3)
+
+
+def _interrupt(*report: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_what_no_run_can_have_is_refused(tmp_path: Path) -> None:
+    item = _phantom()
+    assert not isinstance(item.tomogram, str)
+    bare = LabelledTomogram(item.tomogram, Picks(np.zeros((0, 3)), np.zeros(0, np.float32)), 100.0)
+    with pytest.raises(SourceError, match="1 tomograms without a particle"):
+        _tune(tmp_path, [bare])
+    with pytest.raises(PlanError, match="learning_rate 0"):
+        _tune(tmp_path / "slow", learning_rate=0)
+    with pytest.raises(PlanError, match="steps 0"):
+        _tune(tmp_path / "none", epochs=0)
+    assert not (tmp_path / "none").exists()
+
+
+def test_the_command_takes_a_table(tmp_path: Path) -> None:
+    item = _phantom()
+    assert isinstance(item.picks, Picks)
+    box = (slice(0, SHAPE[0]), slice(0, SHAPE[1]), slice(0, SHAPE[2]))
+    write_mrc(tmp_path / "TS_1.mrc", item.tomogram.read(box), 10.0)  # type: ignore[union-attr]
+    write_picks(item.picks, tmp_path / "TS_1.star")
+    table = tmp_path / "table.csv"
+    table.write_text("tomogram,picks,diameter\nTS_1.mrc,TS_1.star,100\n")
+    _parent().save(tmp_path / "parent.safetensors")
+
+    def asked(output: str) -> list[str]:
+        words = ["finetune", table, "--folder", tmp_path / "runs", "--output", tmp_path / output]
+        words += ["--picker", tmp_path / "parent.safetensors", "--epochs", 1]
+        return [str(word) for word in words]
+
+    done = CliRunner().invoke(main, asked("mine.safetensors"))
+    assert done.exit_code == 0, done.output
+    assert "20% along y of TS_1" in done.output
+    assert "validation 0." in done.output
+    tuned = load_picker(tmp_path / "mine.safetensors")
+    assert tuned.metadata["provenance"]["parent"] == _parent().fingerprint
+    for output, message in {"parent.safetensors": "parent.safetensors", "mine.txt": ".safetensors"}.items():
+        refused = CliRunner().invoke(main, asked(output))
+        assert refused.exit_code == 1
+        assert message in refused.output
+    assert load_picker(tmp_path / "parent.safetensors").fingerprint == _parent().fingerprint
+    json.loads((tmp_path / "runs" / "run.json").read_text())

@@ -1,0 +1,175 @@
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from tomocpt_stream.blocks import Window
+from tomocpt_stream.crops import Sampling, read_crop
+from tomocpt_stream.curation import Curated, write_curated
+from tomocpt_stream.errors import FormatError, SourceError
+from tomocpt_stream.formats import write_picks
+from tomocpt_stream.labelled import LabelledTomogram, open_labelled, read_table
+from tomocpt_stream.network import build_network, named_architecture
+from tomocpt_stream.phantom import write_mrc
+from tomocpt_stream.picker import Picker, picker_metadata
+from tomocpt_stream.picks import Picks
+from tomocpt_stream.targets import paint_box
+from tomocpt_stream.tomogram import open_tomogram
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+WINDOW = Window((32, 32, 32), (4, 4, 4))
+CENTRES = np.array([[12.3, 20.0, 31.6], [30.0, 59.0, 3.2]])
+
+
+@pytest.fixture(scope="module")
+def picker() -> Picker:
+    architecture = named_architecture("small") | {"depths": [1, 1, 1, 1]}
+    return Picker(
+        build_network(architecture), picker_metadata(architecture, window=WINDOW, particle_radius=4.0)
+    )
+
+
+def _balls(centres: npt.NDArray[np.float64], radius: float = 8.0) -> npt.NDArray[np.float32]:
+    box = (slice(0, 40), slice(0, 64), slice(0, 72))
+    noise = np.random.default_rng(0).standard_normal((40, 64, 72), dtype=np.float32)
+    return 0.1 * noise - 4 * paint_box(centres, box, radius=radius)
+
+
+def _picks(centres: npt.NDArray[np.float64] = CENTRES, **fields: Any) -> Picks:
+    return Picks(centres, np.ones(len(centres), np.float32), **fields)
+
+
+def _write(folder: Path, name: str = "TS_1") -> Path:
+    path = folder / f"{name}.mrc"
+    write_mrc(path, _balls(CENTRES), 5.0)
+    return path
+
+
+def test_labels_lie_where_the_particles_are_to_a_part_of_a_voxel(tmp_path: Path, picker: Picker) -> None:
+    # 80 Å over 8 working voxels: 10 Å, two voxels of the tomogram.
+    tomogram = open_tomogram(_balls(CENTRES), voxel_size=5.0, name="TS_1")
+    (one,) = open_labelled([LabelledTomogram(tomogram, _picks(), 80.0)], picker)
+    item = one.ingest(tmp_path)
+    assert item.volume.shape == (20, 32, 36)
+    np.testing.assert_allclose(item.centres, (CENTRES + 0.5) / 2 - 0.5)
+    voxels, label = read_crop(item, (-4, 0, 4), Sampling(window=WINDOW, radius=4.0))
+    # The dark ball and its label, both resampled or painted on the working grid, have one centroid.
+    near = (slice(4, 16), slice(3, 16), slice(5, 18))
+    ball, painted = np.where(voxels < -1, -voxels, 0)[near], label[near]
+    for axis in range(3):
+        others = tuple(a for a in range(3) if a != axis)
+        place = np.arange(ball.shape[axis])
+        found, wanted = ((weight.sum(axis=others) * place).sum() / weight.sum() for weight in (ball, painted))
+        assert found == pytest.approx(wanted, abs=0.15)
+    np.testing.assert_allclose(
+        np.array(np.unravel_index(label[near].argmax(), painted.shape)) + 3, [9, 9, 10], atol=2
+    )
+
+
+def test_bright_tomograms_are_negated_for_a_picker_of_dark_ones(tmp_path: Path, picker: Picker) -> None:
+    volume = _balls(CENTRES)
+    items = [
+        LabelledTomogram(open_tomogram(volume, voxel_size=5.0, name="dark"), _picks(), 80.0),
+        LabelledTomogram(open_tomogram(-volume, voxel_size=5.0, name="bright"), _picks(), 80.0, "bright"),
+    ]
+    dark, bright = (one.ingest(tmp_path) for one in open_labelled(items, picker))
+    sampling = Sampling(window=WINDOW, radius=4.0)
+    assert (dark.negate, bright.negate) == (False, True)
+    first, second = (read_crop(item, (0, 0, 0), sampling)[0] for item in (dark, bright))
+    np.testing.assert_allclose(first, second, atol=1e-4)
+
+
+def test_a_volume_is_ingested_once(tmp_path: Path, picker: Picker) -> None:
+    items = [LabelledTomogram(_write(tmp_path), _picks(), 80.0)]
+    open_labelled(items, picker)[0].ingest(tmp_path / "volumes")
+    stored = sorted((path, path.stat().st_mtime_ns) for path in (tmp_path / "volumes").rglob("*.json"))
+    open_labelled(items, picker)[0].ingest(tmp_path / "volumes")
+    assert stored == sorted((p, p.stat().st_mtime_ns) for p in (tmp_path / "volumes").rglob("*.json"))
+
+
+def test_a_table_with_truth_in_any_format(tmp_path: Path, picker: Picker) -> None:
+    for name in ("TS_1", "TS_2", "TS_3"):
+        _write(tmp_path, name)
+    known: dict[str, Any] = {"voxel_size": 5.0, "shape": (40, 64, 72)}
+    both = [_picks(tomogram=name, **known) for name in ("TS_1", "TS_9")]
+    write_picks(both, tmp_path / "both.star")
+    write_picks(_picks(tomogram="other", **known), tmp_path / "TS_2.mod")
+    kept = _picks(tomogram="TS_3", particle="ribosome", **known)
+    gone = _picks(CENTRES[:1] + 3, tomogram="TS_3", particle="ribosome", **known)
+    write_curated(Curated(kept, np.array([False, True]), gone), tmp_path / "curated.csv")
+    (tmp_path / "table.csv").write_text(
+        "picks,tomogram,diameter,contrast,particle,group\n"
+        "both.star,TS_1.mrc,80,,,\n\n"
+        f"TS_2.mod,{tmp_path / 'TS_2.mrc'},100.5,bright,,day 2\n"
+        "curated.csv , TS_3.mrc,80,dark,ribosome,day 2\n"
+    )
+    items = read_table(tmp_path / "table.csv")
+    assert [(one.diameter, one.contrast, one.particle, one.group) for one in items] == [
+        (80.0, "dark", "", ""),
+        (100.5, "bright", "", "day 2"),
+        (80.0, "dark", "ribosome", "day 2"),
+    ]
+    opened = open_labelled(items, picker)
+    assert [one.tomogram.name for one in opened] == ["TS_1", "TS_2", "TS_3"]
+    for one in opened:
+        np.testing.assert_allclose(sorted(one.picks.zyx.tolist()), sorted(CENTRES.tolist()), atol=1e-4)
+    assert [one.group for one in opened][1:] == ["day 2", "day 2"]
+    assert opened[0].group not in ("", "day 2")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("TS_1.mrc,p.star,zero", "row 3 of .*could not convert"),
+        ("TS_1.mrc,p.star,-80", "row 3 of .*a diameter of -80"),
+        ("TS_1.mrc,p.star,nan", "row 3 of .*a diameter of nan"),
+        ("TS_1.mrc,p.star,80,grey", "row 3 of .*contrast 'grey'"),
+        ("TS_1.mrc,,80", "row 3 of .*none in picks"),
+        ("TS_1.mrc,p.star,80,dark,too many", "row 3 of .*has 5 cells"),
+    ],
+)
+def test_a_bad_row_is_named(tmp_path: Path, row: str, message: str) -> None:
+    table = tmp_path / "table.csv"
+    table.write_text(f"tomogram,picks,diameter,contrast\nTS_0.mrc,q.star,80,dark\n{row}\n")
+    with pytest.raises(FormatError, match=message):
+        read_table(table)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "tomogram,picks,diameter\n", "tomogram,picks\na,b\n", "tomogram,picks,diameter,size\na,b,1,2\n",
+     "tomogram,picks,picks,diameter\na,b,b,1\n", "\x00\ufffd", 'tomogram,picks,diameter\n"a,b,1\n'],
+)  # fmt: skip
+def test_what_is_no_table_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "table.csv").write_text(text)
+    with pytest.raises(FormatError, match=r"table\.csv"):
+        read_table(tmp_path / "table.csv")
+
+
+def test_what_a_row_names_must_be_there_and_fit(tmp_path: Path, picker: Picker) -> None:
+    tomogram = _write(tmp_path)
+    good = LabelledTomogram(tomogram, _picks(voxel_size=5.0), 80.0, origin="row 2")
+
+    def refused(item: LabelledTomogram) -> str:
+        with pytest.raises((SourceError, FormatError)) as error:
+            open_labelled([good, item], picker)
+        return str(error.value)
+
+    def asked(source: Path, picks: Picks | Path) -> str:
+        return refused(LabelledTomogram(source, picks, 120.0, origin="row 3"))
+
+    assert asked(tmp_path / "none.mrc", _picks()).startswith("row 3: ")
+    assert asked(tomogram, tmp_path / "none.star").startswith("row 3: ")
+    assert "voxels of 1.25 Å" in asked(tomogram, _picks(voxel_size=1.25))
+    assert "2 of 2 particles outside TS_1" in asked(tomogram, _picks(4 * CENTRES + 90))
+    write_picks([_picks(tomogram=name, voxel_size=5.0) for name in ("a", "b")], tmp_path / "ab.star")
+    assert "0 tables for 'TS_1'; its tomograms are 'a', 'b'" in asked(tomogram, tmp_path / "ab.star")
+    for diameter in (1e-30, 9.0, 400.0, 1e30):
+        assert "longest edge of 72" in refused(LabelledTomogram(tomogram, _picks(), diameter))
+    again = refused(LabelledTomogram(tomogram, _picks(), 80.0, origin="row 3"))
+    assert "row 3 is the tomogram of row 2 again" in again
