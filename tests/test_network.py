@@ -9,6 +9,7 @@ import torch
 from tomocpt_stream.errors import CheckpointError
 from tomocpt_stream.network import (
     ARCHITECTURES,
+    LegacyMerging,
     build_network,
     bytes_per_window,
     named_architecture,
@@ -72,6 +73,22 @@ def test_missing_keys_and_unknown_names_are_named() -> None:
         build_network({key: value for key, value in TINY.items() if key != "window"})
     with pytest.raises(CheckpointError, match="'huge'"):
         named_architecture("huge")
+
+
+@pytest.mark.parametrize("edges", [(4, 4, 4), (5, 3, 7)])
+def test_the_older_merging_takes_two_corners_twice_and_two_never(edges: tuple[int, int, int]) -> None:
+    merging = LegacyMerging(2)
+    with torch.no_grad():
+        merging.reduction.weight.copy_(torch.randn(4, 16, generator=torch.Generator().manual_seed(0)))
+    features = torch.randn(1, *edges, 2, requires_grad=True)
+    answer = merging(features)
+    halves = [-(-edge // 2) for edge in edges]
+    assert answer.shape == (1, *halves, 4)
+    answer.square().sum().backward()
+    assert features.grad is not None
+    corner = features.grad[0, :2, :2, :2].abs().sum(dim=-1)
+    never = [tuple(place) for place in (corner == 0).nonzero().tolist()]
+    assert never == [(0, 1, 1), (1, 1, 0)]
 
 
 @pytest.mark.parametrize("shape", [(64, 64, 64), (32, 32, 64)])

@@ -46,6 +46,37 @@ _FEATURE_MAPS = 10.0
 _ATTENTION_MAPS = 3.0
 
 
+class LegacyMerging(nn.Module):
+    """Joins each 2 x 2 x 2 voxels of a feature map (n, z, y, x, c) into one of 2c, as MONAI up to 1.4 did.
+
+    That order takes two of the eight corners twice and two never, so that its weights cannot be
+    reordered into those of later versions: names and shapes are the same, the answers are not.
+    """
+
+    CORNERS = ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 0, 1), (0, 1, 0), (0, 0, 1), (1, 1, 1))
+
+    def __init__(
+        self, dim: int, norm_layer: type[nn.LayerNorm] = nn.LayerNorm, spatial_dims: int = 3
+    ) -> None:
+        super().__init__()
+        if spatial_dims != 3:
+            raise ValueError(f"{spatial_dims} dimensions; the merging is of 3")
+        self.reduction = nn.Linear(8 * dim, 2 * dim, bias=False)
+        self.norm = norm_layer(8 * dim)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """Return the merged map; odd edges are padded with a plane of zeros at their end."""
+        z, y, x = (n % 2 for n in features.shape[1:4])
+        padded = nn.functional.pad(features, (0, 0, 0, x, 0, y, 0, z))
+        corners = [padded[:, i::2, j::2, k::2] for i, j, k in self.CORNERS]
+        merged: torch.Tensor = self.reduction(self.norm(torch.cat(corners, dim=-1)))
+        return merged
+
+
+LEGACY_MERGING = "monai-1.4"
+_MERGINGS: dict[str, Any] = {"merging": "merging", LEGACY_MERGING: LegacyMerging}
+
+
 def named_architecture(name: str) -> dict[str, Any]:
     """Return a copy of the architecture called `name`: "paper" or "small"."""
     if name not in ARCHITECTURES:
@@ -60,7 +91,8 @@ def build_network(architecture: Mapping[str, Any]) -> nn.Module:
 
     Keys: "network" ("SwinUNETR"), "feature_size" (a multiple of 12), "window" (edge of an attention
     window), "depths" and "num_heads" (four numbers each), "use_v2", "merging" ("merging": the order of
-    MONAI 1.5 and later), "drop_rate", "attention_drop_rate", "path_drop_rate".
+    MONAI 1.5 and later; LEGACY_MERGING: that of earlier ones), "drop_rate", "attention_drop_rate",
+    "path_drop_rate".
 
     Raises CheckpointError where a key is missing or unknown, or a value builds no network.
     """
@@ -77,7 +109,7 @@ def build_network(architecture: Mapping[str, Any]) -> nn.Module:
             attn_drop_rate=architecture["attention_drop_rate"],
             dropout_path_rate=architecture["path_drop_rate"],
             use_v2=architecture["use_v2"],
-            downsample=architecture["merging"],
+            downsample=_MERGINGS[architecture["merging"]],
         )
     except (TypeError, ValueError, IndexError, ZeroDivisionError) as error:
         raise CheckpointError(
@@ -153,11 +185,11 @@ def _check(architecture: Mapping[str, Any]) -> None:
             expected=f"the keys {sorted(_KEYS)}",
             remedy="use a newer version of the package, or take the picker's file from its source again",
         )
-    for key, known in (("network", "SwinUNETR"), ("merging", "merging")):
-        if architecture[key] != known:
+    for key, known in (("network", ["SwinUNETR"]), ("merging", list(_MERGINGS))):
+        if architecture[key] not in known:
             raise CheckpointError(
                 f"an architecture with {key} {architecture[key]!r}",
-                expected=repr(known),
+                expected=" or ".join(map(repr, known)),
                 remedy="use a newer version of the package, or another picker",
             )
     for key in ("depths", "num_heads"):
