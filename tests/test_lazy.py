@@ -97,6 +97,16 @@ def test_a_lazy_map_is_the_stored_one(tmp_path: Path, options: PickOptions, voxe
     assert np.unique(found).size > 10_000
 
 
+def test_a_lazy_map_follows_the_rule_of_the_picker(tmp_path: Path) -> None:
+    tomogram, picker, other = in_memory(voxel_size=8.0), PlaceDependent(), PlaceDependent()
+    picker.rule = "tomocpt"  # type: ignore[attr-defined]
+    pick(tomogram, picker, OPTIONS, keep_heatmap=tmp_path / "map.zarr")
+    found, bspline = on_threads(*(heatmap_lazy(tomogram, each, OPTIONS) for each in (picker, other)))
+    whole: Floats = open_heatmap(tmp_path / "map.zarr").array[:]  # type: ignore[assignment]
+    assert found.tobytes() == whole.tobytes()
+    assert found.tobytes() != bspline.tobytes()
+
+
 def test_fill_and_what_a_mask_leaves_out_are_zero(tmp_path: Path) -> None:
     array = NOISE.copy()
     array[:, :, :36] = -4.0

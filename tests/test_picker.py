@@ -223,6 +223,7 @@ def test_missing_foreign_and_damaged_files_are_refused(saved: Path, tmp_path: Pa
         ({"format_version": FORMAT_VERSION + 1}, "format version 2"),
         ({"format_version": None}, "format version None"),
         ({"halo": None}, "without \\['halo'\\]"),
+        ({"resampling": "nearest"}, "resampling .nearest."),
         ({"contrast": "grey"}, "grey"),
         ({"particle_radius": -1}, "-1"),
         ({"window": [64]}, "window"),

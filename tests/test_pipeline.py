@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ from tomocpt_stream import pipeline
 from tomocpt_stream.errors import PlanError
 from tomocpt_stream.heatmap import PickOptions, open_heatmap
 from tomocpt_stream.picks import Picks
-from tomocpt_stream.pipeline import min_distance, pick, plan_pick, safe_name, scratch_folder
+from tomocpt_stream.pipeline import min_distance, pick, plan_pick, rule_of, safe_name, scratch_folder
 from tomocpt_stream.tomogram import Tomogram, open_tomogram
+from tomocpt_stream.volume import open_volume
 
 SHAPE = (30, 50, 44)
 CENTRES = np.array([[8.0, 10.3, 9.0], [20.6, 12.0, 33.2], [15.0, 36.4, 20.5], [22.0, 40.0, 38.0]])
@@ -175,6 +177,25 @@ def test_a_kept_scratch_is_taken_up(tmp_path: Path) -> None:
     assert (first.batches > 0, second.batches) == (True, 0)
     (folder,) = tmp_path.iterdir()
     assert folder == tmp_path / scratch_folder(tomogram(), plan_pick(tomogram(), first, OPTIONS)[0])
+
+
+@dataclass
+class TheirBlobPicker(NamedBlobPicker):
+    rule: str = "tomocpt"
+
+
+def test_a_picker_is_fed_by_the_rule_of_its_training(tmp_path: Path) -> None:
+    folders = []
+    # The grids of both rules are the same where nothing is resampled; the percentiles are not.
+    for diameter in (96, 80):
+        for picker in (NamedBlobPicker(), TheirBlobPicker()):
+            options = PickOptions(diameter=diameter, batch_size=2)
+            grid, _ = plan_pick(tomogram(), picker, options)
+            pick(tomogram(), picker, options, scratch=tmp_path)
+            folders.append(tmp_path / scratch_folder(tomogram(), grid, rule_of(picker)))
+            assert open_volume(folders[-1] / "volume.zarr").rule == rule_of(picker)
+            assert open_volume(folders[-1] / "volume.zarr").grid == grid
+    assert len(set(folders)) == 4
 
 
 def test_one_scratch_serves_other_options_and_thresholds(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from tomocpt_stream.assignment import picker_name
 from tomocpt_stream.errors import PlanError
 from tomocpt_stream.heatmap import PickOptions, Scorer, is_negated
 from tomocpt_stream.mask import MaskLike, open_mask
-from tomocpt_stream.pipeline import VOLUME, level_for, plan_pick, scratch_folder
+from tomocpt_stream.pipeline import VOLUME, level_for, plan_pick, rule_of, scratch_folder
 from tomocpt_stream.receipts import as_store, config_hash, within
 from tomocpt_stream.scan import Scoring, Turns, score_chunk
 from tomocpt_stream.stages import residents
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from zarr.abc.store import Store
 
     from tomocpt_stream.blocks import BlockPlan, Index
+    from tomocpt_stream.frame import Rule
     from tomocpt_stream.mask import Mask
     from tomocpt_stream.tomogram import Tomogram
 
@@ -93,7 +94,10 @@ def heatmap_lazy(
     plan = replace(plan, group=(1, 1, 1))  # every chunk is a task of its own
     allowed = None if mask is None else open_mask(mask, tomogram.frame, grid, storage_options)
     volume = within(
-        within(_own_folder() if scratch is None else scratch, scratch_folder(tomogram, grid)), VOLUME
+        within(
+            _own_folder() if scratch is None else scratch, scratch_folder(tomogram, grid, rule_of(picker))
+        ),
+        VOLUME,
     )
     store = as_store(volume, storage_options)
     name = picker_name(picker, otherwise=str(uuid.uuid4()))
@@ -109,7 +113,7 @@ def heatmap_lazy(
     )[:32]
     packed = _Parcel(name, picker, lasts=getattr(picker, "fingerprint", None) is not None)
     scores = _Scores(store, packed, plan, allowed, negate=negate)
-    source = _Source(tomogram, grid.voxel_size, scores, temporary=scratch is None)
+    source = _Source(tomogram, grid.voxel_size, rule_of(picker), scores, temporary=scratch is None)
     ingested = delayed(_ingested, pure=True)(_Parcel(token, source), dask_key_name=f"ingest-{token}")
     found: da.Array = da.map_blocks(
         _score,
@@ -207,6 +211,7 @@ class _Source:
 
     tomogram: Tomogram
     voxel_size: float
+    rule: Rule
     scores: _Scores
     temporary: bool
 
@@ -217,7 +222,7 @@ def _ingested(parcel: _Parcel | _Sealed) -> _Scores:
     store = source.scores.store
     if source.temporary and isinstance(store, LocalStore):
         _refuse_unseen(store.root.parent.parent)
-    ingest(source.tomogram, store, voxel_size=source.voxel_size)
+    ingest(source.tomogram, store, voxel_size=source.voxel_size, rule=source.rule)
     return source.scores
 
 

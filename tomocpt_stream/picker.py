@@ -21,10 +21,13 @@ from torch import nn
 
 from tomocpt_stream.blocks import Window
 from tomocpt_stream.errors import CheckpointError, PlanError
+from tomocpt_stream.frame import RULES
 from tomocpt_stream.network import build_network, bytes_per_window, place, shift_answers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
+
+    from tomocpt_stream.frame import Rule
 
 Float32 = npt.NDArray[np.float32]
 DType = Literal["float32", "bfloat16"]
@@ -43,8 +46,9 @@ class Picker:
 
     `metadata` is plain data: architecture, particle_radius (voxels), window and halo (voxels zyx),
     normalisation, contrast ("dark" or "bright": how protein looked in training), label (kind and
-    widths) and provenance. `dtype` and `threads` are its numerics: on a CPU every batch is scored with
-    `threads` threads. `address` is where it was loaded from, None for one that was just trained.
+    widths), provenance and, where it is not "bspline", resampling. `dtype` and `threads` are its
+    numerics: on a CPU every batch is scored with `threads` threads. `address` is where it was loaded
+    from, None for one that was just trained.
     """
 
     def __init__(
@@ -91,6 +95,11 @@ class Picker:
         return str(self.metadata["contrast"])
 
     @property
+    def rule(self) -> Rule:
+        """How the working grid was sampled in training; see `ingest`."""
+        return "tomocpt" if self.metadata.get("resampling") == "tomocpt" else "bspline"
+
+    @property
     def numerics(self) -> dict[str, Any]:
         """What the last bits of a score depend on, as plain data."""
         return {"dtype": self.dtype, "threads": self.threads}
@@ -128,7 +137,7 @@ class Picker:
 
     def copy_weights(self, network: nn.Module) -> None:
         """Copy the weights into a network of the same architecture; CheckpointError where it differs."""
-        _fill(network, dict(self._network.named_parameters()), self.address or "the picker")
+        fill_network(network, dict(self._network.named_parameters()), self.address or "the picker")
 
     def shifted(self, logits: float, **provenance: Any) -> Picker:
         """Return a picker whose logits are higher by a constant; `provenance` is added to its own."""
@@ -206,7 +215,7 @@ def _revive(weights: bytes | None, address: str | None, state: dict[str, Any]) -
 def picker_metadata(
     architecture: Mapping[str, Any], *, window: Window, particle_radius: float = 10.0, **fields: Any
 ) -> dict[str, Any]:
-    """Return the metadata of a picker; `fields` are label, contrast and provenance where not the usual."""
+    """Return the metadata of a picker; `fields` are those that are not the usual."""
     return {
         "architecture": dict(architecture),
         "particle_radius": particle_radius,
@@ -231,7 +240,7 @@ def _load(path: Path, address: str, device: str) -> Picker:
         )
     _require(metadata, address)
     network = build_network(metadata["architecture"])
-    _fill(network, weights, address)
+    fill_network(network, weights, address)
     return Picker(network, metadata, device=device, address=address)
 
 
@@ -281,6 +290,8 @@ def _require(metadata: Mapping[str, Any], address: str) -> None:
         raise _unusable(address, f"contrast {metadata['contrast']!r}")
     if metadata["normalisation"] != _NORMALISATION:
         raise _unusable(address, f"normalisation {metadata['normalisation']!r}")
+    if metadata.get("resampling", "bspline") not in RULES:
+        raise _unusable(address, f"resampling {metadata['resampling']!r}")
     radius = metadata["particle_radius"]
     if not isinstance(radius, int | float) or not math.isfinite(radius) or radius <= 0:
         raise _unusable(address, f"a particle radius of {radius!r} voxels")
@@ -297,8 +308,8 @@ def _unusable(address: str, what: str) -> CheckpointError:
     )
 
 
-def _fill(network: nn.Module, weights: Mapping[str, torch.Tensor], address: str) -> None:
-    """Copy the weights into the network; every parameter once, in its own shape."""
+def fill_network(network: nn.Module, weights: Mapping[str, torch.Tensor], address: str) -> None:
+    """Copy the weights into the network; every parameter once, in its own shape, else CheckpointError."""
     wanted = dict(network.named_parameters())
     missing, unknown = sorted(set(wanted) - set(weights)), sorted(set(weights) - set(wanted))
     shapes = sorted(
@@ -331,7 +342,7 @@ def _some(names: list[str]) -> str:
 
 def _fingerprint(network: nn.Module, metadata: Mapping[str, Any]) -> str:
     """Return the sha256 of all that decides a score: weights, architecture, scale, normalisation."""
-    plain = {key: metadata[key] for key in _REQUIRED}
+    plain = {key: metadata[key] for key in (*_REQUIRED, "resampling") if key in metadata}
     digest = hashlib.sha256(json.dumps(plain, sort_keys=True).encode())
     for name, value in sorted(network.named_parameters()):
         digest.update(f"{name} {tuple(value.shape)}".encode())

@@ -25,6 +25,7 @@ from tomocpt_stream.volume import ingest
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from tomocpt_stream.frame import Rule
     from tomocpt_stream.mask import Mask
     from tomocpt_stream.picks import Picks
     from tomocpt_stream.tomogram import Tomogram
@@ -86,7 +87,7 @@ def pick(  # noqa: PLR0913  (the public signature of the design)
         if scratch is None:
             _refuse_distant(client)
             scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="tomocpt-stream-"))
-        folder = within(scratch, scratch_folder(tomogram, grid))
+        folder = within(scratch, scratch_folder(tomogram, grid, rule_of(picker)))
         if keep_heatmap is None and getattr(picker, "fingerprint", None) is None:
             # Nothing says that the next picker is this one, so that its map would only be in the way.
             keep_heatmap = stack.enter_context(_passing_folder(folder))
@@ -94,6 +95,7 @@ def pick(  # noqa: PLR0913  (the public signature of the design)
             tomogram,
             within(folder, VOLUME),
             voxel_size=grid.voxel_size,
+            rule=rule_of(picker),
             client=client,
             progress=progress,
             storage_options=storage_options,
@@ -170,7 +172,7 @@ def plan_pick(
     """Return the working grid and the plan that `pick` follows on so many workers; no voxel is read.
 
     The working voxel size is diameter / (2 particle_radius), or the tomogram's own where the two
-    differ by at most 5 %.
+    differ by at most 5 %. The grid is that of the picker's rule.
 
     Raises
     ------
@@ -180,7 +182,7 @@ def plan_pick(
     voxel_size = options.diameter / (2 * picker.particle_radius)
     if abs(voxel_size / tomogram.voxel_size - 1) <= KEEP_GRID_WITHIN + 1e-9:
         voxel_size = tomogram.voxel_size
-    grid = working_grid(tomogram.shape, tomogram.voxel_size, voxel_size)
+    grid = working_grid(tomogram.shape, tomogram.voxel_size, voxel_size, rule_of(picker))
     plan = plan_blocks(
         grid.shape,
         picker.window,
@@ -214,9 +216,16 @@ def safe_name(name: str) -> str:
     return plain.encode()[:120].decode(errors="ignore") or "tomogram"
 
 
-def scratch_folder(tomogram: Tomogram, grid: Grid) -> str:
-    """Return the name of a tomogram's folder on a working grid; another source or grid has another one."""
-    key = config_hash({"source": tomogram.fingerprint, "grid": grid.to_json()})
+def rule_of(picker: Scorer) -> Rule:
+    """Return how the working grid of a picker is sampled: as in its training."""
+    rule: Rule = getattr(picker, "rule", "bspline")
+    return rule
+
+
+def scratch_folder(tomogram: Tomogram, grid: Grid, rule: Rule = "bspline") -> str:
+    """Return the name of a tomogram's folder on a working grid; another source, grid or rule has another."""
+    asked = {"source": tomogram.fingerprint, "grid": grid.to_json()}
+    key = config_hash(asked if rule == "bspline" else asked | {"rule": rule})
     return f"{safe_name(tomogram.name)}-{key[:12]}"
 
 
