@@ -368,6 +368,39 @@ def train_command(folder: Path, output: Path, workers: int, **settings: Any) -> 
     click.echo(f"picker -> {output}")
 
 
+@main.command("import-weights", short_help="Make a picker of a tomoCPT checkpoint.")
+@click.argument("checkpoint", type=click.Path(dir_okay=False, path_type=Path))
+@click.argument("output", type=click.Path(dir_okay=False, path_type=Path), metavar="OUT.safetensors")
+@click.option("--name", help="Name of the picker in its provenance.  [default: that of the file]")
+@click.option(
+    "--particle-voxels",
+    type=LENGTH,
+    metavar="VOXELS",
+    help="Size of a particle in working voxels, instead of the file's.",
+)
+@click.option(
+    "--size-is", "measures", type=click.Choice(["diameter", "radius"]), help="What that size measures."
+)
+@click.option("--contrast", type=click.Choice(["dark", "bright"]), default="dark", help="How protein looked.")
+def import_command(checkpoint: Path, output: Path, **settings: Any) -> None:
+    """Make a picker of a CHECKPOINT (.ckpt) of tomoCPT, without that program; no code in it runs.
+
+    The picker is used by `pick --picker OUT.safetensors --diameter Å`, which then resamples as that
+    program does. Versions before August 2025 call the radius what later ones call the diameter: where
+    the file does not tell which, say it with --size-is.
+    """
+    from tomocpt_stream.checkpoints import import_checkpoint
+    from tomocpt_stream.destinations import refuse_overwriting
+
+    refuse_overwriting([str(checkpoint)], output)
+    picker = import_checkpoint(checkpoint, **settings)
+    picker.save(output)
+    scale = picker.metadata["provenance"]["scale"]
+    click.echo(f"particle {scale['measures']} {scale['voxels']:g} working voxels, by {scale['source']}")
+    click.echo(f"working voxel size: diameter / {2 * picker.particle_radius:g}")
+    click.echo(f"picker -> {output}")
+
+
 @main.command("demo", short_help="Simulate, pick, compare with the truth.")
 @click.option(
     "--output",
