@@ -116,7 +116,7 @@ def draw(tomogram: Any, tables: dict[str, Picks], path: Path, diameter: float) -
         axes.set(xlabel="x (voxels)", ylabel="y (voxels)")
     reach = 1.5 * diameter / VOXEL
     close.set(xlim=(closest[2] - reach, closest[2] + reach), ylim=(closest[1] + reach, closest[1] - reach))
-    whole.set_title(f"z = {z}: the picks of {len(tables)} formats, each read back, one ring each")
+    whole.set_title(f"z = {z}: the picks of {len(tables) - 1} formats, each read back, one ring each")
     close.set_title("one particle; inner ring first in the list")
     lines = [Line2D([], [], color=colours[name], label=name) for name in tables]
     close.legend(handles=lines, loc="upper left", fontsize=7, ncols=2)
@@ -127,7 +127,8 @@ def draw(tomogram: Any, tables: dict[str, Picks], path: Path, diameter: float) -
 def many(count: int, rng: np.random.Generator) -> Picks:
     """Return so many picks with scores and orientations."""
     turns = Rotation.random(count, rng=rng).as_matrix()
-    return Picks(rng.uniform(0, SHAPE, (count, 3)), rng.random(count), turns, VOXEL, NAME, SHAPE)  # type: ignore[arg-type]
+    zyx = rng.uniform(0, np.array(SHAPE) - 1, (count, 3))
+    return Picks(zyx, rng.random(count).astype(np.float32), turns, VOXEL, NAME, SHAPE)
 
 
 def main() -> None:
