@@ -314,3 +314,9 @@ def test_a_plan_keeps_to_the_memory_limit_of_the_workers() -> None:
         pipeline._plan_for(Limited(tight), source, BlobPicker(), OPTIONS, "4 GB")
     with pytest.raises(PlanError, match="memory budget"):
         pipeline._plan_for(Limited(600_000_000), source, BlobPicker(), OPTIONS, None)
+
+
+def test_a_particle_smaller_than_a_voxel_is_refused() -> None:
+    tomogram = open_tomogram(np.zeros((64, 64, 64), np.float32), voxel_size=10.0)
+    with pytest.raises(PlanError, match=r"a particle of 1e-30 Å in voxels of 10 Å"):
+        pick(tomogram, BlobPicker(), PickOptions(1e-30))

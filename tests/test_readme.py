@@ -61,7 +61,7 @@ def test_there_are_commands() -> None:
 @pytest.mark.parametrize("line", COMMANDS)
 def test_the_commands_parse(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    for name in ("ribosomes.json", "tomograms.star"):
+    for name in ("ribosomes.json", "tomograms.star", "mine.csv"):
         Path(name).touch()
     name, *words = shlex.split(line, comments=True)[1:]
     command = main.commands[name]

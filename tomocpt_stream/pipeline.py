@@ -177,8 +177,14 @@ def plan_pick(
     Raises
     ------
     PlanError
-        Where nothing fits into `memory`.
+        Where nothing fits into `memory`, or the particle is smaller than a voxel.
     """
+    if options.diameter < tomogram.voxel_size:
+        raise PlanError(
+            f"a particle of {options.diameter:g} Å in voxels of {tomogram.voxel_size:g} Å",
+            expected="a particle that is longer than a voxel",
+            remedy="give its diameter in Å, or check the voxel size",
+        )
     voxel_size = options.diameter / (2 * picker.particle_radius)
     if abs(voxel_size / tomogram.voxel_size - 1) <= KEEP_GRID_WITHIN + 1e-9:
         voxel_size = tomogram.voxel_size
