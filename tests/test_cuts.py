@@ -76,7 +76,7 @@ def test_every_cut_gives_the_same_map_and_peaks(stitch: Any, masked: bool, fill:
         assert _contents(heatmap) == expected, cut
 
 
-@settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow])
+@settings(deadline=None, max_examples=18, suppress_health_check=[HealthCheck.too_slow])
 @given(
     shape=st.tuples(st.integers(1, 44), st.integers(1, 44), st.integers(1, 44)),
     stitch=st.sampled_from(["crop", "hann", "gaussian"]),

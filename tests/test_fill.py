@@ -375,7 +375,7 @@ def tomograms(draw: st.DrawFn) -> Floats:
     return voxels
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=100)
 @given(voxels=tomograms(), box=st.integers(2, 13), pending=st.integers(0, 60))
 def test_any_mask_in_any_noise_is_found_as_in_the_whole_volume(
     voxels: Floats, box: int, pending: int

@@ -62,6 +62,7 @@ def _tune(folder: Path, items: list[LabelledTomogram] | None = None, **asked: An
     return fine_tune(items or [_phantom()], folder=folder, **(options | asked))
 
 
+@pytest.mark.slow
 def test_fine_tuning_learns_a_phantom(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     item = _phantom()
     losses: list[float] = []
