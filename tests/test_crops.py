@@ -92,7 +92,7 @@ def test_crops_hold_a_particle_when_asked_for(share: float, holds: bool) -> None
     examples = [_example((80, 90, 100), count=2)]
     sampling = replace(SAMPLING, positive=share)
     for step in range(30):
-        _, label = draw_batch(examples, sampling, size=1, seed=0, step=step)
+        _, label, _ = draw_batch(examples, sampling, size=1, seed=0, step=step)
         assert (label.max() > 0) == holds
 
 
@@ -101,7 +101,7 @@ def test_positive_crops_hold_their_particle_anywhere() -> None:
     sampling = replace(SAMPLING, positive=1.0)
     tops = []
     for step in range(60):
-        _, label = draw_batch([chosen], sampling, size=1, seed=3, step=step)
+        _, label, _ = draw_batch([chosen], sampling, size=1, seed=3, step=step)
         assert label.max() == 1.0
         tops.append(np.argwhere(label[0] == 1.0)[0])
     spread = np.array(tops)
@@ -111,7 +111,7 @@ def test_positive_crops_hold_their_particle_anywhere() -> None:
 
 def test_a_volume_without_particles_gives_empty_crops() -> None:
     empty = Example(_example().volume, np.zeros((0, 3)))
-    _, label = draw_batch([empty], SAMPLING, size=2, seed=0, step=0)
+    _, label, _ = draw_batch([empty], SAMPLING, size=2, seed=0, step=0)
     assert not label.any()
     with pytest.raises(SourceError, match="1 training tomograms without a particle"):
         check_examples([empty], "training")

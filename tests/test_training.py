@@ -20,9 +20,7 @@ from tomocpt_stream.training import (
     Step,
     TrainOptions,
     learning_rate,
-    loss_terms,
     train,
-    voxel_weights,
 )
 
 if TYPE_CHECKING:
@@ -63,64 +61,6 @@ def _example(seed: int = 0) -> Example:
     return Example(_Memory(0.3 * rng.standard_normal(shape, dtype=np.float32) - 2 * balls), centres)
 
 
-def _second_derivatives(volume: npt.NDArray[np.float64]) -> list[npt.NDArray[np.float64]]:
-    """The six second derivatives by differences, the faces repeated."""
-    p = np.pad(volume, 1, mode="edge")
-
-    def at(z: int, y: int, x: int) -> npt.NDArray[np.float64]:
-        nz, ny, nx = volume.shape
-        return p[1 + z : 1 + z + nz, 1 + y : 1 + y + ny, 1 + x : 1 + x + nx]
-
-    return [
-        at(0, 0, -1) - 2 * volume + at(0, 0, 1),
-        at(0, -1, 0) - 2 * volume + at(0, 1, 0),
-        at(-1, 0, 0) - 2 * volume + at(1, 0, 0),
-        (at(0, -1, -1) + at(0, 1, 1) - at(0, -1, 1) - at(0, 1, -1)) / 4,
-        (at(-1, -1, 0) + at(1, 1, 0) - at(-1, 1, 0) - at(1, -1, 0)) / 4,
-        (at(-1, 0, -1) + at(1, 0, 1) - at(-1, 0, 1) - at(1, 0, -1)) / 4,
-    ]
-
-
-def _huber(difference: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    size = np.abs(difference)
-    return np.where(size <= 1, size**2 / 2, size - 0.5)
-
-
-def test_loss_terms_equal_the_equations_in_numpy() -> None:
-    rng = np.random.default_rng(0)
-    box = (slice(0, 16), slice(0, 16), slice(0, 16))
-    label = np.stack([paint_box([[8.2, 7.7, 8]], box, radius=5), paint_box([[0, 3, 15]], box, radius=4)])
-    answered = rng.random(label.shape).astype(np.float32)
-    weighted, gradient = loss_terms(torch.from_numpy(answered), torch.from_numpy(label))
-
-    expected_weighted, expected_gradient = [], []
-    for y, p in zip(label.astype(np.float64), answered.astype(np.float64), strict=True):
-        positive = y > 0
-        weights = np.where(positive, y.size / positive.sum(), y.size / (~positive).sum())
-        expected_weighted.append((weights * _huber(p - y)).mean())
-        pairs = zip(_second_derivatives(p), _second_derivatives(y), strict=True)
-        expected_gradient.append(sum(_huber(a - b).mean() for a, b in pairs))
-    assert float(weighted) == pytest.approx(np.mean(expected_weighted), rel=1e-5)
-    assert float(gradient) == pytest.approx(np.mean(expected_gradient), rel=1e-5)
-
-
-def test_weights_follow_the_counts_of_each_crop() -> None:
-    label = torch.zeros(3, 4, 4, 4)
-    label[0, 0, 0, :2] = torch.tensor([0.1, 1.0])
-    label[2] = 0.5
-    weights = voxel_weights(label)
-    assert weights[0, 0, 0, 0] == weights[0, 0, 0, 1] == 64 / 2
-    assert weights[0, 1, 1, 1] == pytest.approx(64 / 62)
-    # A crop without a positive voxel, and one without a negative voxel, weighs 1 everywhere.
-    assert (weights[1] == 1).all()
-    assert (weights[2] == 1).all()
-
-
-def test_a_perfect_answer_costs_nothing() -> None:
-    label = torch.from_numpy(paint_box([[5, 5, 5]], (slice(0, 12),) * 3, radius=4))[None]
-    assert [float(term) for term in loss_terms(label, label)] == [0.0, 0.0]
-
-
 def test_learning_rate_rises_then_falls() -> None:
     options = replace(OPTIONS, steps=100, warm_up=10, learning_rate=1.0)
     rates = [learning_rate(options, step) for step in range(100)]
@@ -139,7 +79,7 @@ def test_training_learns_one_crop(tmp_path: Path) -> None:
     losses: list[float] = []
     picker = train([still], options=options, folder=tmp_path, on_step=lambda step: losses.append(step.loss))
     assert np.mean(losses[-3:]) < 0.5 * np.mean(losses[:3])
-    voxels, label = draw_batch([still], SAMPLING, size=1, seed=5, step=0)
+    voxels, label, _ = draw_batch([still], SAMPLING, size=1, seed=5, step=0)
     score = picker.score(voxels)
     assert score[label > 0.5].mean() > 5 * score[label == 0].mean()
 
@@ -208,7 +148,7 @@ def test_a_run_may_start_from_a_picker(tmp_path: Path) -> None:
     options = replace(OPTIONS, steps=1, learning_rate=1e-12, average=0.0)
     first = train([_example(0)], options=options, folder=tmp_path / "first")
     second = train([_example(1)], options=replace(options, seed=9), folder=tmp_path / "second", start=first)
-    voxels, _ = draw_batch([_example(0)], SAMPLING, size=1, seed=0, step=0)
+    voxels, _, _ = draw_batch([_example(0)], SAMPLING, size=1, seed=0, step=0)
     np.testing.assert_allclose(second.score(voxels), first.score(voxels), atol=1e-5)
     fresh = train([_example(1)], options=replace(options, seed=9), folder=tmp_path / "fresh")
     assert not np.allclose(fresh.score(voxels), first.score(voxels), atol=1e-5)

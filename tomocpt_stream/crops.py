@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -90,10 +90,19 @@ class Sampling:
     augmentation: Augmentation = field(default_factory=Augmentation)
 
 
-def draw_batch(
-    examples: Sequence[Example], sampling: Sampling, *, size: int, seed: int, step: int
-) -> tuple[Float32, Float32]:
-    """Return intensities and labels, each (size, z, y, x) float32, of the crops of one step.
+class Batch(NamedTuple):
+    """The crops of one step, each (n, z, y, x): intensities and labels, float32, and whose truth is known.
+
+    `known` is True where the truth of a voxel is known; None says that it is known everywhere.
+    """
+
+    voxels: Float32
+    label: Float32
+    known: npt.NDArray[np.bool_] | None = None
+
+
+def draw_batch(examples: Sequence[Example], sampling: Sampling, *, size: int, seed: int, step: int) -> Batch:
+    """Return the crops of one step.
 
     The same arguments give the same crops, so a run that goes on needs no state of the loader.
     """
@@ -102,7 +111,7 @@ def draw_batch(
     for _ in range(size):
         chosen = examples[int(rng.integers(len(examples)))]
         pairs.append(_draw(chosen, sampling, rng))
-    return np.stack([x for x, _ in pairs]), np.stack([y for _, y in pairs])
+    return Batch(np.stack([x for x, _ in pairs]), np.stack([y for _, y in pairs]))
 
 
 def read_crop(chosen: Example, start: Sequence[int], sampling: Sampling) -> tuple[Float32, Float32]:

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from tomocpt_stream.crops import augment, read_crop
+from tomocpt_stream.crops import Batch, augment, read_crop
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from tomocpt_stream.crops import Example, Float32, Sampling, Voxels
+    from tomocpt_stream.crops import Example, Sampling, Voxels
     from tomocpt_stream.frame import Box, Points, Shape
 
 STRIDE = 32
@@ -57,8 +57,8 @@ class Epochs:
         """Return the number of steps of one epoch in batches of `size`; the last may be smaller."""
         return math.ceil(len(self) / size)
 
-    def batch(self, size: int, step: int) -> tuple[Float32, Float32]:
-        """Return intensities and labels, each (n, z, y, x) float32 with n <= `size`, of one step."""
+    def batch(self, size: int, step: int) -> Batch:
+        """Return the crops of one step, `size` of them or, at the end of an epoch, fewer."""
         epoch, place = divmod(step, self.steps(size))
         pairs = []
         for row in range(place * size, min(len(self), (place + 1) * size)):
@@ -66,7 +66,7 @@ class Epochs:
             voxels, label = read_crop(self.examples[index], start, self.sampling)
             rng = np.random.default_rng([self.seed, epoch, row])
             pairs.append(augment(voxels, label, self.sampling.augmentation, rng))
-        return np.stack([voxels for voxels, _ in pairs]), np.stack([label for _, label in pairs])
+        return Batch(np.stack([voxels for voxels, _ in pairs]), np.stack([label for _, label in pairs]))
 
     def order(self, epoch: int) -> npt.NDArray[np.int64]:
         """Return the crops of an epoch, rows as those of `positive`, in the order of its steps."""

@@ -11,19 +11,17 @@ import hashlib
 import json
 import math
 import time
-import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from kornia.filters import spatial_gradient3d
 
 from tomocpt_stream.crops import Example, Sampling, check_examples, draw_batch
 from tomocpt_stream.epochs import Epochs
 from tomocpt_stream.errors import CheckpointError, PlanError
+from tomocpt_stream.losses import loss_terms
 from tomocpt_stream.network import build_network, named_architecture, place, start_quiet
 from tomocpt_stream.picker import Picker, load_picker, picker_metadata
 from tomocpt_stream.targets import WIDTHS
@@ -33,6 +31,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from torch import nn
+
+    from tomocpt_stream.crops import Batch
 
 Precision = Literal["float32", "bfloat16"]
 
@@ -157,7 +157,7 @@ def train(
         drawn = loader.submit(_crops, examples, options, first)
         for step in range(first, options.steps):
             began = time.perf_counter()
-            voxels, label = (batch.to(device) for batch in drawn.result())
+            crops = drawn.result().to(device)
             drawn = loader.submit(_crops, examples, options, step + 1)  # while the network works
 
             # Drop-out follows from seed and step, as the crops do.
@@ -166,7 +166,7 @@ def train(
             for group in optimiser.param_groups:
                 group["lr"] = rate
             network.train()
-            weighted, gradient = loss_terms(answer(network, voxels, options), label)
+            weighted, gradient = loss_terms(answer(network, crops.voxels, options), crops.label, crops.known)
             loss = weighted + options.gradient_weight * gradient
             if not bool(torch.isfinite(loss)):
                 raise CheckpointError(
@@ -199,33 +199,6 @@ def train(
             )
     best = folder / "best.safetensors"
     return load_picker(best if best.exists() else folder / "last.safetensors")
-
-
-def loss_terms(answered: torch.Tensor, label: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the weighted Huber term (equations 7 and 9) and the gradient term (equation 8).
-
-    `answered` (after the sigmoid) and `label` are (n, z, y, x). Both terms are means over the voxels of
-    all crops; the gradient term is summed over the six second derivatives. The Huber delta is 1.
-    """
-    pixel = F.huber_loss(answered, label, reduction="none")
-    weighted = (voxel_weights(label) * pixel).mean()
-    # Derivatives are linear: those of the difference are the difference of both.
-    with warnings.catch_warnings():
-        # kornia allocates its constant filters through a constructor that torch has marked as old.
-        warnings.simplefilter("ignore", DeprecationWarning)
-        derived = spatial_gradient3d((answered - label).unsqueeze(1), mode="diff", order=2)
-    gradient = F.huber_loss(derived, torch.zeros_like(derived), reduction="none").sum(dim=2).mean()
-    return weighted, gradient
-
-
-def voxel_weights(label: torch.Tensor) -> torch.Tensor:
-    """Return the weights of equation 9, by the counts of each crop; a crop of one kind weighs 1."""
-    positive = label > 0
-    count = positive.sum(dim=(1, 2, 3), keepdim=True)
-    voxels = label[0].numel()
-    # A crop with no positive voxel has |N| = M³ and so weight 1; the other bound never divides by 0.
-    weights = torch.where(positive, voxels / count.clamp(min=1), voxels / (voxels - count).clamp(min=1))
-    return weights.to(label.dtype)
 
 
 def answer(network: nn.Module, voxels: torch.Tensor, options: TrainOptions) -> torch.Tensor:
@@ -261,43 +234,50 @@ def _networks(
     return place(network, device), place(averaged, device)
 
 
-def _crops(
-    examples: Sequence[Example] | Epochs, options: TrainOptions, step: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+class _Tensors(NamedTuple):
+    """A `Batch` as tensors."""
+
+    voxels: torch.Tensor
+    label: torch.Tensor
+    known: torch.Tensor | None
+
+    def to(self, device: torch.device) -> _Tensors:
+        known = None if self.known is None else self.known.to(device)
+        return _Tensors(self.voxels.to(device), self.label.to(device), known)
+
+
+def _tensors(batch: Batch) -> _Tensors:
+    known = None if batch.known is None else torch.from_numpy(batch.known)
+    return _Tensors(torch.from_numpy(batch.voxels), torch.from_numpy(batch.label), known)
+
+
+def _crops(examples: Sequence[Example] | Epochs, options: TrainOptions, step: int) -> _Tensors:
     if isinstance(examples, Epochs):
-        voxels, label = examples.batch(options.batch_size, step)
-    else:
-        voxels, label = draw_batch(
-            examples, options.sampling, size=options.batch_size, seed=options.seed, step=step
-        )
-    return torch.from_numpy(voxels), torch.from_numpy(label)
+        return _tensors(examples.batch(options.batch_size, step))
+    size, seed = options.batch_size, options.seed
+    return _tensors(draw_batch(examples, options.sampling, size=size, seed=seed, step=step))
 
 
-def _held_crops(
-    validation: Sequence[Example] | Epochs, options: TrainOptions
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def _held_crops(validation: Sequence[Example] | Epochs, options: TrainOptions) -> Iterator[_Tensors]:
     """Yield the crops that the validation loss is measured on; never those of a training step."""
     if isinstance(validation, Epochs):
         for index in range(min(len(validation), options.validation_crops)):
-            voxels, label = validation.batch(1, index)
-            yield torch.from_numpy(voxels), torch.from_numpy(label)
+            yield _tensors(validation.batch(1, index))
         return
     check_examples(validation, "validation")
     plain = Sampling(options.sampling.window, options.sampling.radius, options.sampling.label)
     for index in range(options.validation_crops):
-        voxels, label = draw_batch(validation, plain, size=1, seed=2**31 + options.seed, step=index)
-        yield torch.from_numpy(voxels), torch.from_numpy(label)
+        yield _tensors(draw_batch(validation, plain, size=1, seed=2**31 + options.seed, step=index))
 
 
 @torch.inference_mode()
-def _validate(
-    network: nn.Module, held: list[tuple[torch.Tensor, torch.Tensor]], options: TrainOptions
-) -> float:
+def _validate(network: nn.Module, held: list[_Tensors], options: TrainOptions) -> float:
     network.eval()
     device = next(network.parameters()).device
     losses = []
-    for voxels, label in held:
-        weighted, gradient = loss_terms(answer(network, voxels.to(device), options), label.to(device))
+    for crops in (one.to(device) for one in held):
+        answered = answer(network, crops.voxels, options)
+        weighted, gradient = loss_terms(answered, crops.label, crops.known)
         losses.append(float(weighted + options.gradient_weight * gradient))
     return float(np.mean(losses))
 

@@ -1,0 +1,56 @@
+"""The loss of the paper (section 2.3, equations 6 to 9), over the voxels whose truth is known."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+import torch.nn.functional as F
+from kornia.filters import spatial_gradient3d
+
+
+def loss_terms(
+    answered: torch.Tensor, label: torch.Tensor, known: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the weighted Huber term (equations 7 and 9) and the gradient term (equation 8).
+
+    `answered` (after the sigmoid), `label` and `known` are (n, z, y, x). Both terms are means over the
+    voxels of all crops; the gradient term is summed over the six second derivatives. The Huber delta is 1.
+    Voxels that are not `known` (bool; None: all are) count nowhere: not in the means, not in the weights, and
+    a derivative counts where every voxel that it is taken from is known.
+    """
+    if known is None:
+        known = torch.ones_like(label, dtype=torch.bool)
+    pixel = F.huber_loss(answered, label, reduction="none")
+    weighted = _mean(voxel_weights(label, known) * pixel, known)
+    # Derivatives are linear: those of the difference are the difference of both.
+    derived = _derivatives((answered - label) * known)
+    gradient = F.huber_loss(derived, torch.zeros_like(derived), reduction="none").sum(dim=1)
+    # The stencils of all six lie in the 3 x 3 x 3 voxels about the middle, replicated at the faces.
+    unknown = F.max_pool3d((~known).float().unsqueeze(1), 3, stride=1, padding=1).squeeze(1)
+    return weighted, _mean(gradient, unknown == 0)
+
+
+def voxel_weights(label: torch.Tensor, known: torch.Tensor | None = None) -> torch.Tensor:
+    """Return the weights of equation 9, by the counts of each crop; a crop of one kind weighs 1."""
+    if known is None:
+        known = torch.ones_like(label, dtype=torch.bool)
+    positive = label > 0
+    voxels = known.sum(dim=(1, 2, 3), keepdim=True)
+    count = (positive & known).sum(dim=(1, 2, 3), keepdim=True)
+    # A crop with no positive voxel has |N| = M³ and so weight 1; the other bound never divides by 0.
+    weights = torch.where(positive, voxels / count.clamp(min=1), voxels / (voxels - count).clamp(min=1))
+    return weights.to(label.dtype)
+
+
+def _derivatives(values: torch.Tensor) -> torch.Tensor:
+    """Return the six second derivatives (n, 6, z, y, x) of values (n, z, y, x)."""
+    with warnings.catch_warnings():
+        # kornia allocates its constant filters through a constructor that torch has marked as old.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        derived: torch.Tensor = spatial_gradient3d(values.unsqueeze(1), mode="diff", order=2)
+    return derived[:, 0]
+
+
+def _mean(values: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
+    return (values * counted).sum() / counted.sum().clamp(min=1)
