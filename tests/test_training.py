@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 import pytest
-import torch
 
 from tomocpt_stream.blocks import Window
 from tomocpt_stream.crops import Example, Sampling, draw_batch
