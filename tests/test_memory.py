@@ -30,3 +30,30 @@ def test_freed_memory_is_returned() -> None:
     by_itself, when_asked = map(int, said.stdout.split())
     assert by_itself < 20e6
     assert when_asked > 90e6
+
+
+KEPT = """
+import ctypes, resource
+from tomocpt_stream.memory import freed_memory_kept
+
+def faults(count):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(count):
+        block = ctypes.create_string_buffer(80_000_000)
+        ctypes.memset(block, 1, len(block))
+        del block
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+with freed_memory_kept():
+    first, more = faults(1), faults(5)
+print(first, more, faults(2))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's heap")
+def test_freed_memory_is_kept_while_asked_for() -> None:
+    said = subprocess.run([sys.executable, "-c", KEPT], capture_output=True, text=True, check=True)
+    first, more, after = map(int, said.stdout.split())
+    assert first > 15_000  # 80 MB in pages of 4 kB
+    assert more < first / 10  # the same pages again
+    assert after > 1.9 * first  # new pages each time
