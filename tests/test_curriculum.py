@@ -10,8 +10,16 @@ import pytest
 from tomocpt_stream import curriculum
 from tomocpt_stream.blocks import Window
 from tomocpt_stream.crops import Augmentation, Example
-from tomocpt_stream.curriculum import Recipe, base_options, calibrate, draw_phantom, prepare, train_base
-from tomocpt_stream.errors import SourceError
+from tomocpt_stream.curriculum import (
+    Recipe,
+    base_options,
+    calibrate,
+    draw_hard,
+    draw_phantom,
+    prepare,
+    train_base,
+)
+from tomocpt_stream.errors import PlanError, SourceError
 from tomocpt_stream.network import named_architecture
 from tomocpt_stream.phantom import PhantomOptions
 from tomocpt_stream.shapes import SHAPES_HELD_OUT
@@ -65,10 +73,33 @@ def test_no_held_out_shape_is_ever_drawn() -> None:
     assert len(kinds) > 500
 
 
+def test_hard_phantoms_have_maps_crowds_and_larger_objects() -> None:
+    maps = ("one.mrc", "two.mrc", "three.mrc", "four.mrc", "five.mrc")
+    drawn = [draw_hard(seed, maps)[0] for seed in range(150)]
+    assert draw_hard(7, maps)[0] == drawn[7]
+    plain = [draw_phantom(seed)[0] for seed in range(150)]
+    mapped = [one for one in drawn if set(one.particles) & set(maps)]
+    assert 80 < len(mapped) < 120
+    assert all(one.scale_maps for one in mapped)
+    assert {kind for one in mapped for kind in one.particles if kind.endswith(".mrc")} == set(maps)
+    assert 50 < sum(one.large > 0 for one in drawn) < 100
+    assert 30 < sum(one.smoothing > 0 for one in drawn) < 70
+    assert 30 < sum(one.ctf_correction == "wiener" for one in drawn) < 70
+    crowded = sum(one.count > 1.4 * before.count for one, before in zip(drawn, plain, strict=True))
+    assert 30 < crowded < 70
+
+
+def test_a_map_is_learnt_from_or_kept_for_validation() -> None:
+    with pytest.raises(PlanError, match=r"in both a\.mrc"):
+        Recipe(maps=("x/a.mrc", "x/b.mrc"), held_maps=("y/a.mrc",))
+    with pytest.raises(PlanError, match="for validation 0"):
+        Recipe(maps=("x/a.mrc",))
+
+
 @pytest.mark.usefixtures("small")
 def test_a_tomogram_is_simulated_onto_the_working_grid(tmp_path: Path) -> None:
     curriculum._simulate(tmp_path, 3)
-    (made,) = prepare(tmp_path, [3])
+    (made,) = prepare(tmp_path, {3: ()})
     assert made.volume.shape == (38, 60, 75)
     truth = json.loads((tmp_path / "3.json").read_text())
     expected = (np.array(truth["zyx"]) + 0.5) * 192 / 16 / 9.6 - 0.5
@@ -165,7 +196,7 @@ def test_calibration_moves_the_best_threshold_to_three_tenths() -> None:
 
 def test_tomograms_are_simulated_by_worker_processes(tmp_path: Path) -> None:
     reports: list[tuple[str, int, int]] = []
-    made = prepare(tmp_path, [11], workers=1, progress=lambda *report: reports.append(report))
+    made = prepare(tmp_path, {11: ()}, workers=1, progress=lambda *report: reports.append(report))
     assert reports == [("simulate", 1, 1)]
     assert made[0].volume.shape[0] >= 48
     assert len(made[0].centres) >= 4

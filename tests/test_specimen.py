@@ -87,6 +87,7 @@ def test_counts_roles_and_kinds_are_as_asked() -> None:
         particles=("globule", "torus", "blob:3"),
         count=13,
         distractors=5,
+        large=2,
         filaments=1,
         gold=2,
         gold_diameter=60.0,
@@ -103,10 +104,14 @@ def test_counts_roles_and_kinds_are_as_asked() -> None:
     assert [kinds.count(kind) for kind in options.particles] == [5, 4, 4]
     others = [item for item in objects if item.role == "distractor"]
     assert sum(item.kind == "filament" for item in others) == 1
-    assert len(others) == 6
+    assert len(others) == 8
+    assert sum(item.diameter > options.diameter for item in others) == 3
     for item in others:
         if item.kind == "filament":
             assert item.diameter > 1.8 * options.diameter
+        elif item.diameter > options.diameter:
+            assert 1.6 * options.diameter <= item.diameter <= 2.6 * options.diameter
+            assert item.kind not in options.particles
         else:
             assert 0.35 * options.diameter <= item.diameter <= 0.6 * options.diameter
             assert item.kind not in options.particles

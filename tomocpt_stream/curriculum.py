@@ -6,6 +6,7 @@ particle measures 20 voxels, keeps them in a folder, and trains. Run again, it g
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from concurrent.futures import ProcessPoolExecutor
@@ -17,19 +18,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tomocpt_stream.crops import Augmentation, Example, Sampling, example, read_crop
-from tomocpt_stream.errors import SourceError
+from tomocpt_stream.errors import PlanError, SourceError
 from tomocpt_stream.evaluation import match
 from tomocpt_stream.peaks import find_peaks
 from tomocpt_stream.phantom import PhantomOptions, simulate_phantom
 from tomocpt_stream.picks import Picks
 from tomocpt_stream.progress import Progress, silent
-from tomocpt_stream.shapes import SHAPES_TRAIN
+from tomocpt_stream.shapes import BLOB, SHAPES_TRAIN
 from tomocpt_stream.training import Step, TrainOptions, ignore, train
 from tomocpt_stream.volume import ingest, open_volume
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     import numpy.typing as npt
 
@@ -70,29 +71,49 @@ class Recipe:
     tomograms: int = 200
     validation: int = 12
     seed: int = 0
+    maps: tuple[str, ...] = ()
+    """Density maps to learn from beside the shapes; with them the tomograms are harder, see `draw_hard`."""
+    held_maps: tuple[str, ...] = ()
+    """Density maps of the validation tomograms; none of them may be learnt from."""
     options: TrainOptions = field(default_factory=base_options)
+
+    def __post_init__(self) -> None:
+        """Refuse a map on both sides."""
+        both = sorted({Path(one).name for one in self.maps} & {Path(one).name for one in self.held_maps})
+        if both or bool(self.maps) != bool(self.held_maps):
+            raise PlanError(
+                f"maps to learn from {len(self.maps)}, for validation {len(self.held_maps)}"
+                + (f", in both {', '.join(both)}" if both else ""),
+                expected="maps of different proteins for both, or none",
+                remedy="keep at least three proteins for validation alone",
+            )
 
 
 def train_base(
     folder: str | os.PathLike[str],
     *,
     recipe: Recipe | None = None,
+    start: Picker | None = None,
     workers: int = 2,
     progress: Progress = silent,
     on_step: Callable[[Step], None] = ignore,
 ) -> Picker:
     """Return a picker trained on simulated tomograms alone; `folder` keeps them and the checkpoints.
 
-    A folder of an earlier, interrupted run with the same recipe is taken up where it was left.
+    A folder of an earlier, interrupted run with the same recipe is taken up where it was left. `start`
+    gives the first weights.
     """
     recipe, place = recipe or Recipe(), Path(folder)
     seeds = [recipe.seed + k for k in range(recipe.tomograms)]
     held = [recipe.seed + _HELD + k for k in range(recipe.validation)]
-    examples = prepare(place / "tomograms", [*seeds, *held], workers=workers, progress=progress)
+    drawn = dict.fromkeys(seeds, recipe.maps) | dict.fromkeys(held, recipe.held_maps)
+    examples = prepare(place / "tomograms", drawn, workers=workers, progress=progress)
     record = {
         "command": (
             f"tomocpt-stream train --steps {recipe.options.steps} --tomograms {recipe.tomograms} "
             f"--validation {recipe.validation} --seed {recipe.seed}"
+            + (" --maps FOLDER --held-maps FOLDER" if recipe.maps else "")
+            + (" --picker PARENT" if start else "")
         ),
         "data": "simulated tomograms",
         "tomograms": recipe.tomograms,
@@ -100,12 +121,17 @@ def train_base(
         "particles": int(sum(len(item.centres) for item in examples[: len(seeds)])),
         "first_seed": recipe.seed,
         "shapes": [*SHAPES_TRAIN, "blob"],
+        "maps": _named(recipe.maps),
+        "held_maps": _named(recipe.held_maps),
     }
+    if start is not None:
+        record |= {"parent": start.fingerprint, "parent_provenance": start.metadata["provenance"]}
     picker = train(
         examples[: len(seeds)],
         validation=examples[len(seeds) :],
         options=recipe.options,
         folder=place / "run",
+        start=start,
         provenance=record,
         on_step=on_step,
     )
@@ -160,19 +186,23 @@ def _heatmap(picker: Picker, item: Example) -> npt.NDArray[np.float32]:
 
 
 def prepare(
-    folder: Path, seeds: list[int], *, workers: int = 2, progress: Progress = silent
+    folder: Path, drawn: Mapping[int, tuple[str, ...]], *, workers: int = 2, progress: Progress = silent
 ) -> list[Example]:
-    """Return one example for each seed, simulated into `folder` unless it is there already."""
+    """Return one example for each seed, simulated into `folder` unless it is there already.
+
+    `drawn` gives each seed its density maps; without any the tomogram is one of `draw_phantom`.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    missing = [seed for seed in seeds if not (folder / f"{seed}.json").exists()]
-    done = len(seeds) - len(missing)
+    missing = [seed for seed in drawn if not (folder / f"{seed}.json").exists()]
+    done = len(drawn) - len(missing)
     if missing:
         # spawn: a fork would copy torch's threads in whatever state they are.
         with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-            for _ in pool.map(_simulate, [folder] * len(missing), missing):
+            maps = [drawn[seed] for seed in missing]
+            for _ in pool.map(_simulate, [folder] * len(missing), missing, maps):
                 done += 1
-                progress("simulate", done, len(seeds))
-    return [_open(folder, seed) for seed in seeds]
+                progress("simulate", done, len(drawn))
+    return [_open(folder, seed) for seed in drawn]
 
 
 def draw_phantom(seed: int) -> tuple[PhantomOptions, float]:
@@ -222,9 +252,43 @@ def draw_phantom(seed: int) -> tuple[PhantomOptions, float]:
     return options, target
 
 
-def _simulate(folder: Path, seed: int) -> None:
-    """Simulate one tomogram, put it on the working grid and write its truth; the truth comes last."""
+def draw_hard(seed: int, maps: tuple[str, ...]) -> tuple[PhantomOptions, float]:
+    """Return the options of one harder tomogram, with particles of density maps, as `draw_phantom` does.
+
+    In two of three the particles are one to four of the maps, scaled to the diameter, with a few blobs.
+    Half of them have objects larger than the particle, a third are crowded up to touching, and as many
+    look denoised or were corrected by a Wiener-like filter.
+    """
     options, target = draw_phantom(seed)
+    rng = np.random.default_rng([seed, 21])
+    mapped, large, crowded, smooth, wiener = rng.random(5)
+    some = [maps[k] for k in rng.permutation(len(maps))[: int(rng.integers(1, 5))]]
+    changes: dict[str, Any] = {}
+    if mapped < 2 / 3:
+        blobs = [kind for kind in options.particles if kind.startswith(BLOB)]
+        changes |= {"particles": (*some, *blobs[: int(rng.integers(3))]), "scale_maps": True}
+    if large < 1 / 2:
+        changes |= {"large": int(rng.integers(1, 6)), "large_sizes": (1.6, float(rng.uniform(1.8, 2.8)))}
+    if crowded < 1 / 3:
+        count = round(options.count * float(rng.uniform(1.5, 3.0)))
+        changes |= {"count": count, "separation": float(rng.uniform(0.5, 0.65))}
+    if smooth < 1 / 3:
+        changes["smoothing"] = options.diameter * float(rng.uniform(0.03, 0.08))
+    if wiener < 1 / 3:
+        changes["ctf_correction"] = "wiener"
+    return replace(options, **changes), target
+
+
+def _named(maps: Sequence[str]) -> list[dict[str, str]]:
+    """Return name and hash of each density map."""
+    return [
+        {"name": Path(one).name, "sha256": hashlib.sha256(Path(one).read_bytes()).hexdigest()} for one in maps
+    ]
+
+
+def _simulate(folder: Path, seed: int, maps: tuple[str, ...] = ()) -> None:
+    """Simulate one tomogram, put it on the working grid and write its truth; the truth comes last."""
+    options, target = draw_hard(seed, maps) if maps else draw_phantom(seed)
     phantom = None
     while phantom is None:
         try:
@@ -233,7 +297,8 @@ def _simulate(folder: Path, seed: int) -> None:
             # Random packing found no room: the same field with fewer of everything.
             options = _thinned(options)
     ingest(phantom.tomogram, folder / f"{seed}.zarr", voxel_size=target)
-    truth = {"zyx": phantom.picks().zyx.tolist(), "options": asdict(options), "voxel_size": target}
+    kept = asdict(options) | {"particles": [Path(kind).name for kind in options.particles]}
+    truth = {"zyx": phantom.picks().zyx.tolist(), "options": kept, "voxel_size": target}
     temporary = folder / f".{seed}.json.part"
     temporary.write_text(json.dumps(truth))
     temporary.replace(folder / f"{seed}.json")
@@ -248,7 +313,7 @@ def _thinned(options: PhantomOptions) -> PhantomOptions:
         )
     fewer: dict[str, Any] = {
         name: getattr(options, name) * 3 // 4
-        for name in ("count", "distractors", "filaments", "gold", "vesicles", "ice")
+        for name in ("count", "distractors", "large", "filaments", "gold", "vesicles", "ice")
     }
     return replace(options, **fewer)
 

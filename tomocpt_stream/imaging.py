@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import numpy.typing as npt
-from scipy import fft, sparse
+from scipy import fft, ndimage, sparse
 
 from tomocpt_stream.errors import SourceError
 from tomocpt_stream.progress import Progress, silent
@@ -25,6 +25,9 @@ Array = npt.NDArray[np.float64]
 
 WAVELENGTH = 0.0196876
 """Å, electrons of 300 kV."""
+
+WIENER = 0.1
+"""Noise over signal that the Wiener-like correction assumes at every frequency."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +45,9 @@ class ImagingOptions:
         field, at this voxel size, after the contrast transfer; infinity gives no noise. White
         noise; its variance grows as the path through the slab, 1/cos(tilt), and the stated value
         is mean signal variance over mean noise variance of the series.
-    ctf_correction : "none" or "flip" (phases).
+    ctf_correction : "none", "flip" (phases), or "wiener" (transfer / (transfer² + 0.1)).
     reconstruction_filter : "ramp", or a ramp tapered by a "hamming" or "cosine" window.
+    smoothing : Å, standard deviation of a Gaussian low-pass of the volume, the look of a denoised one.
     contrast : "dark" (protein has the lower values, as reconstructed) or "bright".
     """
 
@@ -55,8 +59,9 @@ class ImagingOptions:
     b_factor: float = 300.0
     dose: float = 100.0
     snr: float = 0.05
-    ctf_correction: Literal["none", "flip"] = "none"
+    ctf_correction: Literal["none", "flip", "wiener"] = "none"
     reconstruction_filter: Literal["ramp", "hamming", "cosine"] = "ramp"
+    smoothing: float = 0.0
     contrast: Literal["dark", "bright"] = "dark"
 
     def __post_init__(self) -> None:
@@ -68,12 +73,19 @@ class ImagingOptions:
             )
         if not self.snr > 0:
             raise SourceError(f"snr {self.snr}", expected="a number above 0", remedy="pass inf for no noise")
-        for name in ("defocus", "spherical_aberration", "amplitude_contrast", "b_factor", "dose"):
+        for name in (
+            "defocus",
+            "spherical_aberration",
+            "amplitude_contrast",
+            "b_factor",
+            "dose",
+            "smoothing",
+        ):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 raise SourceError(f"{name} {value}", expected="0 or more", remedy=f"correct {name}")
         for name, allowed in (
-            ("ctf_correction", ("none", "flip")),
+            ("ctf_correction", ("none", "flip", "wiener")),
             ("reconstruction_filter", ("ramp", "hamming", "cosine")),
             ("contrast", ("dark", "bright")),
         ):
@@ -198,8 +210,10 @@ def expose(
             seen[index] += np.float32(math.sqrt(variance)) * rng.standard_normal(
                 seen.shape[1:], dtype=np.float32
             )
-    if options.ctf_correction == "flip":
-        seen = fft.irfft2(sign * fft.rfft2(seen), s=seen.shape[1:]).astype(np.float32)
+    if options.ctf_correction != "none":
+        # The gain times its sign is positive: what either correction leaves of the contrast.
+        filters = sign if options.ctf_correction == "flip" else gain / (gain**2 + np.float32(WIENER))
+        seen = fft.irfft2(filters * fft.rfft2(seen), s=seen.shape[1:]).astype(np.float32)
     return seen, noise
 
 
@@ -228,4 +242,7 @@ def back_project(
     for index, angle in enumerate(np.radians(options.tilts)):
         volume += tilt_matrix((nz, nx), float(angle), geometry.width).T @ filtered[index]
         progress("back-project", (index + 1) * volume.size, len(filtered) * volume.size)
-    return np.ascontiguousarray(volume.reshape(nz, nx, ny).transpose(0, 2, 1))
+    field: Field = volume.reshape(nz, nx, ny)
+    if options.smoothing:
+        field = ndimage.gaussian_filter(field, options.smoothing / geometry.voxel_size)
+    return np.ascontiguousarray(field.transpose(0, 2, 1))

@@ -68,6 +68,8 @@ class SpecimenOptions:
     distractors : number of distractors in the field.
     distractor_kinds : their kinds in turn; density maps keep their size.
     distractor_sizes : least and greatest longest axis of a distractor, in diameters.
+    large : objects in the field that are larger than a target, role "distractor"; kinds as above.
+    large_sizes : least and greatest longest axis of one of them, in diameters.
     filaments : long rods in the field, 1.8 to 2.6 diameters long, role "distractor".
     gold, gold_diameter : beads in the field, and their diameter in Å.
     vesicles, sheets : closed membranes in the field, and membranes that run through all of it.
@@ -87,6 +89,8 @@ class SpecimenOptions:
     distractors: int = 20
     distractor_kinds: tuple[str, ...] = SHAPES_DISTRACTOR
     distractor_sizes: tuple[float, float] = (0.35, 0.6)
+    large: int = 0
+    large_sizes: tuple[float, float] = (1.6, 2.6)
     filaments: int = 2
     gold: int = 3
     gold_diameter: float = 100.0
@@ -103,7 +107,7 @@ class SpecimenOptions:
         for name in ("voxel_size", "diameter", "gold_diameter", "membrane_thickness", "separation"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
                 raise refuse(f"{name} {getattr(self, name)}", "a positive number", f"pass {name} above zero")
-        for name in ("count", "distractors", "filaments", "gold", "vesicles", "sheets", "ice"):
+        for name in ("count", "distractors", "large", "filaments", "gold", "vesicles", "sheets", "ice"):
             if getattr(self, name) < 0:
                 raise refuse(f"{name} {getattr(self, name)}", "0 or more", f"pass {name} of 0 or more")
         self._check_kinds()
@@ -115,10 +119,12 @@ class SpecimenOptions:
             )
 
     def _check_kinds(self) -> None:
-        low, high = self.distractor_sizes
-        if not 0 < low <= high:
-            raise refuse(f"distractor_sizes {self.distractor_sizes}", "0 < least <= greatest", "order them")
-        if (self.count and not self.particles) or (self.distractors and not self.distractor_kinds):
+        for name in ("distractor_sizes", "large_sizes"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high:
+                raise refuse(f"{name} {(low, high)}", "0 < least <= greatest", "order them")
+        others = self.distractors or self.large
+        if (self.count and not self.particles) or (others and not self.distractor_kinds):
             raise refuse("objects without a kind", "a kind for every count above zero", "name one")
         for kind in (*self.particles, *self.distractor_kinds):
             if not is_map(kind):
@@ -195,10 +201,14 @@ def build_specimen(options: SpecimenOptions, pad: Shape, rng: np.random.Generato
     lumps = [f"{BLOB}{rng.integers(1 << 30)}" for _ in range(options.ice)]
     lengths = options.diameter * rng.uniform(1.8, 2.6, size=options.filaments)
     sizes = options.diameter * rng.uniform(*options.distractor_sizes, size=options.distractors)
+    bulks = options.diameter * rng.uniform(*options.large_sizes, size=options.large)
     others = options.distractor_kinds
     for batch in (
         _Batch("ice", [_template(kind, 2 * options.diameter, options) for kind in lumps], ICE_DENSITY),
         _Batch("distractor", [_template("filament", float(a), options) for a in lengths], compact=False),
+        _Batch(
+            "distractor", [_template(others[i % len(others)], float(a), options) for i, a in enumerate(bulks)]
+        ),
         _Batch("target", _cycled([_target(kind, options) for kind in options.particles], options.count)),
         _Batch("gold", [_template("bead", options.gold_diameter, options)] * options.gold, GOLD_DENSITY),
         _Batch(
