@@ -17,7 +17,7 @@ from tests.portal_server import portal_server
 from tomocpt_stream.annotation_files import POINTS, Wanted, place_annotations
 from tomocpt_stream.errors import PortalError
 from tomocpt_stream.portal import PortalAPI, select_tomograms
-from tomocpt_stream.portal_scope import _as_like, _fits_name, in_frames, read_scope
+from tomocpt_stream.portal_scope import _as_like, fits_name, in_frames, read_scope
 
 
 def _ids(**asked: Any) -> list[int]:
@@ -226,8 +226,8 @@ def test_a_glob_finds_what_it_says_and_nothing_else(api: PortalAPI) -> None:
     assert _as_like("TS_1*") == "TS_1%"
     assert _as_like("a%b?c") == "a_b_c"
     assert _as_like("x[*]y[]z]") == "x%"
-    assert _fits_name("TS_1", "TS_[0-9]")
-    assert not _fits_name("TSA1", "TS_*")
-    assert not _fits_name("ts_1", "TS_*")
+    assert fits_name("TS_1", "TS_[0-9]")
+    assert not fits_name("TSA1", "TS_*")
+    assert not fits_name("ts_1", "TS_*")
     assert read_scope(run=["TS_1", "TS_1", 7, "RN-7"]).run_names == ("TS_1",)
     assert str(read_scope(run=["TS_1", 7])) == "run 7, TS_1"

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from tomocpt_stream.heatmap import PickOptions as PickOptions
     from tomocpt_stream.heatmap import open_heatmap as open_heatmap
     from tomocpt_stream.heatmap import predict as predict
+    from tomocpt_stream.label_queries import LabelQuery as LabelQuery
     from tomocpt_stream.labelled import LabelledTomogram as LabelledTomogram
     from tomocpt_stream.lazy import heatmap_lazy as heatmap_lazy
     from tomocpt_stream.peaks import find_peaks as find_peaks
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from tomocpt_stream.picker import load_picker as load_picker
     from tomocpt_stream.picks import Picks as Picks
     from tomocpt_stream.pipeline import pick as pick
+    from tomocpt_stream.portal_labels import find_labelled as find_labelled
     from tomocpt_stream.targets import paint_targets as paint_targets
     from tomocpt_stream.tomogram import Tomogram as Tomogram
     from tomocpt_stream.tomogram import open_tomogram as open_tomogram
@@ -67,6 +69,7 @@ _HOME = {
     "finetuning": ("fine_tune",),
     "formats": ("read_picks", "write_picks"),
     "heatmap": ("Heatmap", "PickOptions", "open_heatmap", "predict"),
+    "label_queries": ("LabelQuery",),
     "labelled": ("LabelledTomogram",),
     "lazy": ("heatmap_lazy",),
     "peaks": ("find_peaks",),
@@ -74,6 +77,7 @@ _HOME = {
     "picker": ("Picker", "load_picker"),
     "picks": ("Picks",),
     "pipeline": ("pick",),
+    "portal_labels": ("find_labelled",),
     "targets": ("paint_targets",),
     "tomogram": ("Tomogram", "open_tomogram"),
     "training": ("train",),

@@ -110,8 +110,8 @@ def find_picks(  # noqa: PLR0913  (the public signature of the design)
             object=object,
             ground_truth=ground_truth,
             method=method,
-            deposition=_number(deposition, "CZCDP"),
-            annotation=_number(annotation, "AN"),
+            deposition=number_of(deposition, "CZCDP"),
+            annotation=number_of(annotation, "AN"),
         ),
         shape=shape,
         missing=missing,
@@ -141,7 +141,26 @@ def fetch_picks(
     _check(shape, get_args(PointShape), "shape")
     _check(missing, get_args(Missing), "missing")
     placed = place_annotations(records, wanted, [shape] if shape else POINTS, api or PortalAPI())
-    chosen = {key: _one_shape_each(files) for key, files in placed.on.items()}
+    found = read_placed(records, placed.on, missing=missing, storage_options=storage_options)
+    notes = [*found.notes, *_refused(placed)]
+    if placed.other_shapes and shape is None:
+        others = listed(f"{count} {name}" for name, count in placed.other_shapes.items())
+        notes.append(f"annotations without points are passed over: {others}")
+    return PortalPicks(found.picks, found.annotations, tuple(notes))
+
+
+def read_placed(
+    records: Sequence[TomogramRecord],
+    on: Mapping[int, Sequence[AnnotationRecord]],
+    *,
+    missing: Missing = "error",
+    storage_options: Mapping[str, Any] | None = None,
+) -> PortalPicks:
+    """Return the points of annotation files that `place_annotations` found on tomograms, by their ids.
+
+    Errors are those of `find_picks`, without the portal's; notes are of the files' contents.
+    """
+    chosen = {key: _one_shape_each(files) for key, files in on.items()}
     _refuse_mixture(chosen)
     points, notes = _read_all(chosen, missing, storage_options)
     picks, used = {}, {}
@@ -152,10 +171,7 @@ def fetch_picks(
             name = names[record.id]
             picks[name] = _picks(record, name, [(file, points[file.file_id]) for file in files])
             used.update({file.file_id: file for file in files})
-    notes += _togetherness(chosen, names) + _outside(picks) + _refused(placed)
-    if placed.other_shapes and shape is None:
-        others = listed(f"{count} {name}" for name, count in placed.other_shapes.items())
-        notes.append(f"annotations without points are passed over: {others}")
+    notes += _togetherness(chosen, names) + _outside(picks)
     return PortalPicks(picks, tuple(used.values()), tuple(notes))
 
 
@@ -184,8 +200,8 @@ def find_masks(
         object=object,
         ground_truth=ground_truth,
         method=method,
-        deposition=_number(deposition, "CZCDP"),
-        annotation=_number(annotation, "AN"),
+        deposition=number_of(deposition, "CZCDP"),
+        annotation=number_of(annotation, "AN"),
     )
     placed = place_annotations(records, wanted, [MASK], api or PortalAPI())
     _refuse_mixture(placed.on)
@@ -335,7 +351,7 @@ def _refused(placed: Placed) -> list[str]:
     ]
 
 
-def _number(text: int | str | None, prefix: str) -> int | None:
+def number_of(text: int | str | None, prefix: str) -> int | None:
     """Return the number of an id, which may have its prefix."""
     plain = str(text).strip().upper().removeprefix(f"{prefix}-")
     if text is None or plain.isdecimal():

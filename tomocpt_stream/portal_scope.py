@@ -330,10 +330,11 @@ def _as_like(glob: str) -> str:
 
 
 def _named(record: TomogramRecord, scope: Scope) -> bool:
-    return record.run_id in scope.runs or any(_fits_name(record.run, name) for name in scope.run_names)
+    return record.run_id in scope.runs or any(fits_name(record.run, name) for name in scope.run_names)
 
 
-def _fits_name(run: str, name: str) -> bool:
+def fits_name(run: str, name: str) -> bool:
+    """Return whether a run is called so; the name may be a glob."""
     return fnmatchcase(run, name) if _is_glob(name) else run == name
 
 
@@ -423,7 +424,7 @@ def _refuse_absent(scope: Scope, records: Sequence[TomogramRecord], api: PortalA
             remedy=f"leave {'it' if len(missing) == 1 else 'them'} out, or widen what is asked for",
         )
     if nameless := [
-        name for name in scope.run_names if not any(_fits_name(each.run, name) for each in records)
+        name for name in scope.run_names if not any(fits_name(each.run, name) for each in records)
     ]:
         raise PortalError(
             f"no tomogram of a run called {listed(map(repr, nameless))} in what was asked for ({scope})",
