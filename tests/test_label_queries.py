@@ -42,10 +42,11 @@ def test_a_text_is_a_query() -> None:
     assert read_query("dataset=1 diameter=9 annotation=AN-7,8").annotations() == {7, 8}
 
 
-def test_truth_may_be_a_default() -> None:
-    query = read_query("dataset=10021 diameter=110", truth=("a.star",))
-    assert query.truth == ("a.star",)
-    assert read_query("dataset=10021 diameter=110 truth=b.star", truth=("a.star",)).truth == ("b.star",)
+def test_files_of_truth_are_for_who_chooses_no_other() -> None:
+    truth = ["a.star", "b.star"]
+    assert read_query("dataset=10021 diameter=110", truth=truth).truth == ("a.star", "b.star")
+    assert read_query("dataset=10021 diameter=110 truth=c.star", truth=truth).truth == ("c.star",)
+    assert read_query("dataset=10021 diameter=110 object=rubisco", truth=truth).truth == ()
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from tomocpt_stream.portal_scope import MEANINGS, read_scope
 from tomocpt_stream.portal_selection import filters, preference
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from tomocpt_stream.portal_scope import Meaning, Scope
     from tomocpt_stream.portal_selection import Flag, Prefer
@@ -171,11 +171,11 @@ class LabelQuery:
             raise _refused("all=yes with near or prefer", "every tomogram, or a preference", "choose one")
 
 
-def read_query(text: str, **defaults: Any) -> LabelQuery:
+def read_query(text: str, *, truth: Sequence[str] = ()) -> LabelQuery:
     """Return the query of a text of words KEY=VALUE, whose keys are the fields of `LabelQuery`.
 
-    Dashes count as underscores; lists are comma-separated, or keys are repeated. `defaults` hold where the
-    text does not say otherwise.
+    Dashes count as underscores; lists are comma-separated, or keys are repeated. `truth` are files for a
+    text that chooses neither annotations nor files.
 
     Raises
     ------
@@ -202,13 +202,15 @@ def read_query(text: str, **defaults: Any) -> LabelQuery:
             raise _refused(f"{key}= twice", "one of them", "leave one out")
         read = _value(key, kinds[key].removesuffix(" | None"), value.strip())
         found[key] = (*found.get(key, ()), *read) if several else read
-    if "diameter" not in found and "diameter" not in defaults:
+    if "diameter" not in found:
         raise _refused(
             f"{text!r} without a diameter",
             "diameter=Å, the longest axis: the portal keeps no sizes of particles",
             "add it",
         )
-    return LabelQuery(**{**defaults, **found})
+    if found.keys().isdisjoint(("truth", *_ANNOTATED)):
+        found["truth"] = tuple(truth)
+    return LabelQuery(**found)
 
 
 def _value(key: str, kind: str, text: str) -> Any:
