@@ -204,15 +204,16 @@ def test_tomograms_that_cannot_be_read_stop_it_or_are_left_out(world: World) -> 
 def test_runs_kept_for_the_test_are_learnt_from_by_nobody(world: World) -> None:
     first, last = (world.find(f"{RIBOSOME} ground_truth=yes test=1 test_seed={seed}") for seed in (0, 3))
     for labels, kept, learnt in ((first, "TS_1", "TS_10"), (last, "TS_10", "TS_1")):
-        assert [record.run for record in labels.test.records] == [kept]
+        assert [record.run for record in labels.tests[0].records] == [kept]
         assert [record.run for record in labels.selection.records] == [learnt]
         assert f"1 kept for the test ({kept})" in labels.notes[0]
-    assert world.find(f"{RIBOSOME} test=1").test.records == first.test.records
+    assert world.find(f"{RIBOSOME} test=1").tests[0].records == first.tests[0].records
     assert "test=2 of 2 runs" in world.refused(f"{RIBOSOME} test=2")
     # Another query of the same runs leaves it alone, too.
     actin = f"dataset={FIRST_DATASET} object=actin* diameter=70"
     both = world.find(f"{RIBOSOME} test=1 test_seed=3", actin)
     assert [one.group for one in both.examples] == ["DS-10440/TS_1"] * 2
+    assert [[record.run for record in test.records] for test in both.tests] == [["TS_10"], []]
     assert "no run that is not kept for the test" in world.refused(f"{RIBOSOME} test=1", actin)
 
 
@@ -225,12 +226,12 @@ def test_several_queries_and_their_citations(world: World, tmp_path: Path) -> No
         "citations.bib",
         "citations.md",
         "selection.json",
-        "test.json",
+        "test_1.json",
     ]
     cited = (tmp_path / "out" / "citations.md").read_text()
     assert "AN-904" in cited
     assert "10.1038/s41592-024-02477-2" in cited
-    assert Selection.read(tmp_path / "out" / "test.json").records == labels.test.records
+    assert Selection.read(tmp_path / "out" / "test_1.json").records == labels.tests[0].records
     kept = Selection.read(tmp_path / "out" / "selection.json")
     assert {record.dataset_id for record in kept.records} == {FIRST_DATASET, SECOND_DATASET}
     # A selection that was kept is taken as it is.

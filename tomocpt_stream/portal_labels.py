@@ -42,24 +42,29 @@ _OPENED_AT_ONCE = 8
 class PortalLabels:
     """Labelled tomograms of the portal, and an account of what was taken and what was not.
 
-    `selection` has the records of `examples`, and what was left out and why; `test` those that were kept
-    aside. `annotations` are the files that the truth was read from. `notes` are whole sentences.
+    `selection` has the records of `examples`, and what was left out and why; `tests`, one for each query,
+    those that were kept aside. `annotations` are the files that the truth was read from. `notes` are
+    whole sentences.
     """
 
     examples: tuple[LabelledTomogram, ...]
     selection: Selection
-    test: Selection
+    tests: tuple[Selection, ...]
     annotations: tuple[AnnotationRecord, ...]
     notes: tuple[str, ...]
 
     def write_account(self, folder: Path, *, api: PortalAPI | None = None) -> None:
         """Write citations.md, citations.bib, selection.json and, where runs are kept for it, test.json.
 
-        The last two are what `portal list` and `portal pick` take as --selection.
+        Of several queries each has its own test: test_1.json, test_2.json. Selections are what
+        `portal list` and `portal pick` take as --selection.
         """
         cited = citations(self.selection.records, self.annotations, api=api)
         texts = {"citations.md": as_table(cited), "citations.bib": as_bibtex(cited)}
-        for name, selection in (("selection.json", self.selection), ("test.json", self.test)):
+        selections = {"selection.json": self.selection}
+        for number, test in enumerate(self.tests, 1):
+            selections["test.json" if len(self.tests) == 1 else f"test_{number}.json"] = test
+        for name, selection in selections.items():
             if selection.records:
                 texts[name] = json.dumps(selection.to_json(), indent=1, allow_nan=False)
         folder.mkdir(parents=True, exist_ok=True)
@@ -110,7 +115,6 @@ def find_labelled(
     every = {record.id: record for truth in truths for record in truth.records}
     names = tomogram_names(every.values())
     found = [_label(truth, held, names, storage_options) for truth in truths]
-    test = [record for record in every.values() if run_key(record) in held]
     notes = tuple(note for one in found for note in one.notes)
     learnt = {record.id: record for one in found for record in one.selection.records}
     out = {(each.record.id, each.why): each for one in found for each in one.selection.left_out}
@@ -118,7 +122,7 @@ def find_labelled(
     return PortalLabels(
         tuple(example for one in found for example in one.examples),
         Selection(tuple(sorted(learnt.values(), key=by_place)), tuple(out.values()), notes),
-        Selection(tuple(sorted(test, key=by_place)), (), ("Kept for the test, not learnt from.",)),
+        tuple(one.tests[0] for one in found),
         tuple(used.values()),
         notes,
     )
@@ -276,7 +280,9 @@ def _label(
     lying = {file.file_id for one in records for file in truth.files.get(one.id, ())}
     annotations = tuple(file for file in annotations if file.file_id in lying)
     notes = [_summary(truth, examples, records, held), *notes]
-    return PortalLabels(examples, Selection(records, tuple(out)), Selection(()), annotations, tuple(notes))
+    kept = sorted((record for record in truth.records if run_key(record) in held), key=by_place)
+    test = Selection(tuple(kept), (), (f"Kept for the test of {query}, not learnt from.",))
+    return PortalLabels(examples, Selection(records, tuple(out)), (test,), annotations, tuple(notes))
 
 
 def _opened(

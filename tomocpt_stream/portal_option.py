@@ -52,7 +52,7 @@ def portal_examples(
     """Take the options of `portal_options` out of `settings`; return what they mean, none without --portal.
 
     What was found is printed, and written beside `output`: citations.md, citations.bib, selection.json
-    and, of runs that are kept for it, test.json.
+    and, of runs that are kept for it, test.json (test_1.json, ... where --portal is given several times).
     """
     texts, truth = settings.pop("portal"), settings.pop("truth")
     refresh, offline = settings.pop("refresh"), settings.pop("offline")
