@@ -35,7 +35,7 @@ PICK = ["pick", "--diameter", "80"]
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty working directory and a stand-in for the shipped picker."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(picker, "load_picker", lambda source="base", *, device="auto": NamedBlobPicker())
+    monkeypatch.setattr(picker, "load_picker", lambda *_, **__: NamedBlobPicker())
     return tmp_path
 
 
@@ -99,8 +99,9 @@ def test_pick_hands_every_option_on(monkeypatch: pytest.MonkeyPatch) -> None:
         seen.update(tomogram=tomogram, options=options, **settings)
         return real(tomogram, model, options, **settings)
 
-    def load(source: str, *, device: str) -> NamedBlobPicker:
+    def load(source: str, *, device: str, storage_options: dict[str, Any]) -> NamedBlobPicker:
         seen.update(source=source, device=device)
+        assert storage_options == {}
         return NamedBlobPicker()
 
     monkeypatch.setattr(pipeline, "pick", spy)
@@ -228,7 +229,7 @@ def test_an_input_is_never_overwritten() -> None:
 
 def test_a_scratch_is_taken_up(monkeypatch: pytest.MonkeyPatch) -> None:
     model = NamedBlobPicker()
-    monkeypatch.setattr(picker, "load_picker", lambda source="base", *, device="auto": model)
+    monkeypatch.setattr(picker, "load_picker", lambda *_, **__: model)
     mrc("a.mrc")
     run(*PICK, "a.mrc", "--scratch", "scratch", "--no-picture")
     assert model.batches > 0

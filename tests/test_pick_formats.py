@@ -34,7 +34,7 @@ TS_01 2.5 4 224 192 160
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A folder with a tomogram and its tomograms.star, and a stand-in for the shipped picker."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(picker, "load_picker", lambda source="base", *, device="auto": NamedBlobPicker())
+    monkeypatch.setattr(picker, "load_picker", lambda *_, **__: NamedBlobPicker())
     write_mrc(Path("TS_01_10.00Apx.mrc"), blobs(SHAPE, CENTRES))
     Path("tomograms.star").write_text(TOMOGRAMS)
 

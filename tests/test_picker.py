@@ -14,9 +14,12 @@ from tomocpt_stream.blocks import Window
 from tomocpt_stream.errors import CheckpointError, PlanError
 from tomocpt_stream.network import build_network, named_architecture
 from tomocpt_stream.picker import FORMAT_VERSION, Picker, load_picker, picker_metadata
+from tomocpt_stream.remote import ForbiddenError
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from tests.buckets import S3, Way
 
 TINY = named_architecture("small") | {"depths": [1, 1, 1, 1]}
 WINDOW = Window((32, 32, 64), (4, 4, 8))
@@ -201,8 +204,8 @@ def test_weights_in_half_precision_load_as_float32(saved: Path, tmp_path: Path) 
 def test_missing_foreign_and_damaged_files_are_refused(saved: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no file at"):
         load_picker(tmp_path / "none.safetensors")
-    with pytest.raises(CheckpointError, match="local"):
-        load_picker("https://example.org/picker.safetensors")
+    with pytest.raises(CheckpointError, match="no file at /"):
+        load_picker(f"file://{tmp_path}/none.safetensors")
     foreign = tmp_path / "foreign.safetensors"
     foreign.write_bytes(b"\x80\x04 this is no safetensors file")
     with pytest.raises(CheckpointError, match="cannot be read"):
@@ -295,6 +298,34 @@ def test_a_picker_is_pickled_by_its_address_and_asks_for_its_device_again(
     assert bool(asked) == (device == "auto")  # the reader's own device, not the writer's
     sent: Picker = pickle.loads(pickle.dumps(trained))  # with its weights: it has no address
     assert (sent.fingerprint, sent.address) == (trained.fingerprint, None)
+
+
+def test_a_picker_at_an_address_is_loaded_with_its_options(
+    picker: Picker, saved: Path, s3: S3, way: Way, tmp_path: Path
+) -> None:
+    s3.bucket.put("pickers/one.safetensors", saved.read_bytes())
+    way.private["pickers/"] = "LABKEY"
+    options = s3.options(key="LABKEY", secret="hush-hush")
+    address = s3.address("pickers/one.safetensors")
+    loaded = load_picker(address, device="cpu", storage_options=options)
+    assert (loaded.address, loaded.fingerprint) == (address, picker.fingerprint)
+    data = pickle.dumps(loaded)
+    assert len(data) < 1000  # by its address
+    there: Picker = pickle.loads(data)
+    np.testing.assert_array_equal(there.score(_batch()), picker.score(_batch()))
+    assert {one.signer for one in way.asked} == {"LABKEY"}
+    loaded.save(tmp_path / "copy.safetensors")
+    assert b"hush" not in (tmp_path / "copy.safetensors").read_bytes()
+    s3.bucket.put("open/one.safetensors", saved.read_bytes())
+    web = f"{way.url}/{s3.bucket.name}/open/one.safetensors"
+    assert load_picker(web, device="cpu").fingerprint == picker.fingerprint
+    with pytest.raises(CheckpointError, match="no object at s3://"):
+        load_picker(s3.address("pickers/two.safetensors"), storage_options=options)
+    with pytest.raises(ForbiddenError, match="refuses its object"):
+        load_picker(address, storage_options=s3.options(skip_signature=True))
+    s3.bucket.put("pickers/one.safetensors", saved.read_bytes()[:-7])
+    with pytest.raises(CheckpointError, match=r"s3://.* cannot be read"):
+        load_picker(address, storage_options=options)
 
 
 def test_another_file_at_the_address_of_a_pickled_picker_is_refused(tmp_path: Path) -> None:

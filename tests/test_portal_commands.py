@@ -78,7 +78,7 @@ def server(
     for row in rows["annotationFiles"]:
         name = row["s3Path"].rpartition("/")[2].replace("-1.0_segmentationmask", "")
         row["s3Path"] = s3.address(f"commands/{name}")
-    monkeypatch.setattr(picker, "load_picker", lambda source="base", *, device="auto": NamedBlobPicker())
+    monkeypatch.setattr(picker, "load_picker", lambda *_, **__: NamedBlobPicker())
     monkeypatch.setenv("AWS_ENDPOINT_URL", way.url)
     monkeypatch.setenv("AWS_REGION", "us-west-2")
     with portal_server(rows) as found:

@@ -111,7 +111,7 @@ _PLAN = pipeline.plan_pick
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A working directory with two tomograms, and a stand-in for the shipped picker."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(picker, "load_picker", lambda source="base", *, device="auto": NamedBlobPicker())
+    monkeypatch.setattr(picker, "load_picker", lambda *_, **__: NamedBlobPicker())
     for name in ("a.mrc", "b.mrc"):
         write_mrc(Path(name), blobs(SHAPE, CENTRES), 10.0)
 

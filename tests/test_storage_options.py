@@ -16,7 +16,7 @@ from tests.buckets import portal_zarr
 from tests.scorers import PlaceDependent
 from tomocpt_stream import picker
 from tomocpt_stream.__main__ import main
-from tomocpt_stream.errors import FormatError
+from tomocpt_stream.errors import CheckpointError, FormatError
 from tomocpt_stream.formats import read_picks, write_picks
 from tomocpt_stream.heatmap import PickOptions, open_heatmap, predict
 from tomocpt_stream.lazy import heatmap_lazy
@@ -25,6 +25,7 @@ from tomocpt_stream.pipeline import VOLUME, pick, plan_pick
 from tomocpt_stream.remote import ForbiddenError, connect
 from tomocpt_stream.request import PickRequest
 from tomocpt_stream.tomogram import open_tomogram
+from tomocpt_stream.verification import verify
 from tomocpt_stream.volume import ingest, open_volume
 
 if TYPE_CHECKING:
@@ -152,7 +153,7 @@ def run(*words: object, code: int = 0) -> Result:
 @pytest.fixture
 def words(s3: S3, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The options of the lab's place, as typed; a stand-in for the shipped picker."""
-    monkeypatch.setattr(picker, "load_picker", lambda source="base", *, device="auto": NamedBlobPicker())
+    monkeypatch.setattr(picker, "load_picker", lambda *_, **__: NamedBlobPicker())
     found = s3.options(access_key_id="LABKEY", secret_access_key=SECRET)
     return [word for name, value in found.items() for word in ("--storage-option", f"{name}={value}")]
 
@@ -248,3 +249,41 @@ def test_errors_in_a_file_name_its_address(s3: S3, way: Way) -> None:
     assert "s3://tomograms/broken.star" in caught.value.found
     with pytest.raises(FormatError, match=r"no object s3://tomograms/nowhere\.star"):
         read_picks(s3.address("nowhere.star"), storage_options=s3.options())
+
+
+def test_inspect_takes_its_picture_and_its_picker_where_the_tomogram_is(
+    lab: Way, s3: S3, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", lab.url)
+    monkeypatch.setenv("AWS_REGION", "us-west-2")
+    loaded: list[dict[str, Any]] = []
+
+    def load(source: str, *, device: str, storage_options: dict[str, Any]) -> NamedBlobPicker:
+        assert (source, device) == (s3.address("lab/mine.safetensors"), "auto")
+        loaded.append(storage_options)
+        return NamedBlobPicker()
+
+    monkeypatch.setattr(picker, "load_picker", load)
+    words = ["inspect", s3.address("lab/TS_1.zarr"), "--diameter", "80", "--picker"]
+    words += [s3.address("lab/mine.safetensors"), "--output", s3.address("lab/size.png")]
+    options = ["--storage-option", "key=LABKEY", "--storage-option", f"secret={SECRET}"]
+    result = CliRunner().invoke(main, [*words, *options])
+    assert result.exit_code == 0, result.output
+    assert f"picture -> {s3.address('lab/size.png')}" in result.stdout
+    drawn = s3.bucket.client.get_object(Bucket=s3.bucket.name, Key="lab/size.png")["Body"].read()
+    assert drawn.startswith(b"\x89PNG")
+    assert loaded == [LAB]
+
+
+def test_a_store_at_an_address_is_verified_with_its_options(lab: Way, s3: S3, folder: Path) -> None:
+    volume = ingest(open_tomogram(folder / "TS_1.zarr"), folder / "well.zarr", voxel_size=10.0)
+    assert verify(volume.store) == []
+    s3.bucket.put_folder(folder / "well.zarr", "lab/well.zarr")
+    options = s3.options(**LAB)
+    assert verify(s3.address("lab/well.zarr"), storage_options=options) == []
+    chunk = next(key for key in s3.bucket.keys("lab/well.zarr") if "/c/" in key)
+    s3.bucket.client.delete_object(Bucket=s3.bucket.name, Key=chunk)
+    (said, *_) = verify(s3.address("lab/well.zarr"), storage_options=options)
+    assert "lost its object" in said
+    with pytest.raises(CheckpointError, match="neither a volume nor a heat map"):
+        verify(s3.address("lab/nothing.zarr"), storage_options=options)

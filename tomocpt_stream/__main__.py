@@ -6,6 +6,7 @@ The modules that do the work are imported inside the commands, so that `--help` 
 from __future__ import annotations
 
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,14 @@ from tomocpt_stream.errors import ActionableError
 from tomocpt_stream.evaluate_command import evaluate_command
 from tomocpt_stream.finetune_command import finetune_command
 from tomocpt_stream.portal_commands import portal
-from tomocpt_stream.request import PickRequest, format_options, pick_all, storage_option
+from tomocpt_stream.request import (
+    PickRequest,
+    draw_at,
+    format_options,
+    options_for,
+    pick_all,
+    storage_option,
+)
 from tomocpt_stream.terminal import (
     count,
     fact_lines,
@@ -89,7 +97,10 @@ def plan_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options that decide what is scored, and in how much memory."""
     options = [
         click.option(
-            "--picker", default="base", metavar="NAME|FILE", help="The shipped picker or a picker file."
+            "--picker",
+            default="base",
+            metavar="NAME|FILE|ADDRESS",
+            help="The shipped picker or a picker file.",
         ),
         click.option(
             "--stitch", type=click.Choice(["hann", "crop"]), default="hann", help="How windows are joined."
@@ -209,8 +220,7 @@ main.add_command(curate_command)
 @click.option("--diameter", type=LENGTH, metavar="Å", help="Longest axis of the particle in Å.")
 @click.option(
     "--output",
-    type=click.Path(dir_okay=False, path_type=Path),
-    metavar="FILE",
+    metavar="FILE|ADDRESS",
     help="PNG of the central slice with a circle of --diameter.  [default: NAME_size.png]",
 )
 @click.option("--picture/--no-picture", default=True, help="Draw that PNG where --diameter is given.")
@@ -218,14 +228,18 @@ main.add_command(curate_command)
 @workers_option
 @source_options
 @plan_options
-def inspect_command(source: str, diameter: float | None, output: Path | None, **settings: Any) -> None:
+def inspect_command(source: str, diameter: float | None, output: str | None, **settings: Any) -> None:
     """Say what a TOMOGRAM is and what picking it would take; no voxel is read but for the PNG.
 
     With --diameter: the working voxel size, the plan in windows, passes per voxel and bytes, and a
     PNG of the central slice with a circle of that size.
     """
+    from tomocpt_stream.destinations import place_of
     from tomocpt_stream.tomogram import open_tomogram
 
+    place = None if output is None else place_of(output)
+    if isinstance(place, Path) and place.is_dir():
+        raise click.UsageError(f"--output {output} is a folder, and takes the name of a PNG.")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the remarks say it again
         tomogram = open_tomogram(
@@ -240,24 +254,29 @@ def inspect_command(source: str, diameter: float | None, output: Path | None, **
         warn(remark)
     if diameter is None:
         return
-    _inspect_plan(tomogram, diameter, settings)
+    _inspect_plan(
+        tomogram, diameter, settings, options_for(settings["picker"], [source], settings["storage_options"])
+    )
     if settings["picture"]:
         from tomocpt_stream.destinations import refuse_overwriting
         from tomocpt_stream.pipeline import safe_name
         from tomocpt_stream.report import draw_size
 
-        output = output or Path(f"{safe_name(tomogram.name)}_size.png")
-        refuse_overwriting([source], output)
-        click.echo(f"picture -> {draw_size(tomogram, diameter, output)}")
+        place = place or Path(f"{safe_name(tomogram.name)}_size.png")
+        refuse_overwriting([source, settings["picker"]], place)
+        own = options_for(str(place), [source], settings["storage_options"])
+        click.echo(f"picture -> {draw_at(place, partial(draw_size, tomogram, diameter), own)}")
 
 
-def _inspect_plan(tomogram: Tomogram, diameter: float, settings: dict[str, Any]) -> None:
+def _inspect_plan(
+    tomogram: Tomogram, diameter: float, settings: dict[str, Any], storage_options: dict[str, Any]
+) -> None:
     """Print the working voxel size and the plan for a particle of `diameter` Å."""
     from tomocpt_stream.heatmap import PickOptions
     from tomocpt_stream.picker import load_picker
     from tomocpt_stream.pipeline import plan_pick
 
-    picker = load_picker(settings["picker"], device=settings["device"])
+    picker = load_picker(settings["picker"], device=settings["device"], storage_options=storage_options)
     options = PickOptions(
         diameter=diameter, stitch=settings["stitch"], tta=settings["tta"], batch_size=settings["batch_size"]
     )

@@ -64,6 +64,7 @@ class Picker:
         self.address = address
         self.device = torch.device(device)
         self.placement = "auto"  # the device that was asked for; a copy in another process finds its own
+        self.storage_options: dict[str, Any] = {}  # for its address; they go along when it is pickled
         self.threads = _THREADS
         self.dtype: DType = "float32"
         self.fingerprint = _fingerprint(network, self.metadata)
@@ -71,8 +72,9 @@ class Picker:
 
     def __reduce__(self) -> tuple[object, ...]:
         """Pickle by address, or with the weights where there is none; "auto" is the reader's own device."""
-        state = {"dtype": self.dtype, "threads": self.threads, "fingerprint": self.fingerprint}
-        state["placement"] = self.placement
+        state: dict[str, Any] = {"dtype": self.dtype, "threads": self.threads}
+        state |= {"fingerprint": self.fingerprint, "placement": self.placement}
+        state["storage_options"] = self.storage_options
         if self.address is None:
             return (_revive, (self._serialised(), None, state))
         local = self.address != "base" and "://" not in self.address
@@ -169,33 +171,59 @@ class Picker:
         return serialise(weights, metadata={_KEY: text})
 
 
-def load_picker(source: str | os.PathLike[str] = "base", *, device: str = "auto") -> Picker:
+def load_picker(
+    source: str | os.PathLike[str] = "base",
+    *,
+    device: str = "auto",
+    storage_options: Mapping[str, Any] | None = None,
+) -> Picker:
     """Return the picker "base", which ships in the package, or the one in a safetensors file.
 
-    `device`: "auto" (CUDA where there is a device, else the CPU) or a torch device such as "cuda:1".
+    `source` may be an address (s3://, gs://, az://, https://, file://), with `storage_options` as those of
+    `remote.connect`; its file is fetched whole. `device`: "auto" (CUDA where there is a device, else the
+    CPU) or a torch device such as "cuda:1".
     Raises CheckpointError where the file is missing, foreign, damaged or of a newer format.
     """
+    from tomocpt_stream.receipts import local_path
+    from tomocpt_stream.remote import canonical, is_remote
+
     chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     address = os.fspath(source)
     if address == "base":
         with as_file(files("tomocpt_stream") / "weights" / "base.safetensors") as path:
             picker = _load(path, address, chosen)
-    elif "://" in address:
-        raise CheckpointError(
-            f"the address {address}",
-            expected="a local file or 'base'",
-            remedy="copy the file to a local disk first",
-        )
+    elif is_remote(address):
+        picker = _fetch(canonical(address), chosen, storage_options)
+        picker.storage_options = dict(storage_options or {})
     else:
+        address = local_path(address)
         picker = _load(Path(address), address, chosen)
     picker.placement = device
     return picker
 
 
+def _fetch(address: str, device: str, storage_options: Mapping[str, Any] | None) -> Picker:
+    from tomocpt_stream.receipts import get_object
+
+    data = get_object(address, storage_options, CheckpointError)
+    if data is None:
+        raise CheckpointError(
+            f"no object at {address}",
+            expected="a picker (.safetensors)",
+            remedy="check the address, or use 'base'",
+        )
+    with tempfile.TemporaryDirectory(prefix="tomocpt-stream-") as folder:
+        path = Path(folder, "picker.safetensors")
+        path.write_bytes(data)
+        return _load(path, address, device)
+
+
 def _revive(weights: bytes | None, address: str | None, state: dict[str, Any]) -> Picker:
     """Return a picker that was pickled, on the device of this process; its weights must be the same."""
     if weights is None:
-        picker = load_picker(address or "base", device=state["placement"])
+        picker = load_picker(
+            address or "base", device=state["placement"], storage_options=state["storage_options"]
+        )
     else:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "picker.safetensors"

@@ -8,6 +8,7 @@ import tempfile
 import time
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,7 @@ from tomocpt_stream.terminal import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
     from zarr.abc.store import Store
 
@@ -174,16 +175,9 @@ class PickRequest:
         They are meant for one provider: that of the first address of an object store among tomograms,
         scratch, output, maps and mask, which is never the portal. Elsewhere the environment says all.
         """
-        from tomocpt_stream.remote import is_remote, provider, without_credentials
-
         every = [*(source for source in self.tomograms if source not in self.records)]
         every += [str(one) for one in (self.scratch, self.output, self.keep_heatmap, self.mask) if one]
-        text = str(place)
-        providers = (provider(one) for one in (*every, text) if is_remote(one))
-        meant = next((one for one in providers if one not in ("web", "portal")), None)
-        if is_remote(text) and text not in self.records and provider(text) == meant:
-            return dict(self.storage_options)
-        return without_credentials(self.storage_options)
+        return options_for(str(place), every, self.storage_options, others=self.records)
 
     def mask_for(self, source: str, frame: Frame) -> str | Tomogram | None:
         """Return the mask of a tomogram: one at an address is opened, with options of its own."""
@@ -220,6 +214,22 @@ class PickRequest:
         }
 
 
+def options_for(
+    place: str, addresses: Sequence[str], options: Mapping[str, Any], *, others: Collection[str] = ()
+) -> dict[str, Any]:
+    """Return the storage options for a place: whole ones for the provider of the first of some addresses.
+
+    `others` are addresses that they are not meant for, whoever provides them, such as those of the portal.
+    """
+    from tomocpt_stream.remote import is_remote, provider, without_credentials
+
+    providers = (provider(one) for one in (*addresses, place) if is_remote(one))
+    meant = next((one for one in providers if one not in ("web", "portal")), None)
+    if is_remote(place) and place not in others and provider(place) == meant:
+        return dict(options)
+    return without_credentials(options)
+
+
 def pick_all(asked: PickRequest, picker: Scorer | None = None) -> list[Picks]:
     """Pick every tomogram of a request, write what was asked for, and return the picks.
 
@@ -233,7 +243,9 @@ def pick_all(asked: PickRequest, picker: Scorer | None = None) -> list[Picks]:
 
     options, targets = asked.options(), asked.destinations()
     _refuse_unwritten(asked, targets)
-    picker = picker or load_picker(asked.picker, device=asked.device)
+    picker = picker or load_picker(
+        asked.picker, device=asked.device, storage_options=asked.options_for(asked.picker)
+    )
     _refuse_unwritable(asked, targets)
     done: list[Picks] = []
     failed = []
@@ -454,15 +466,21 @@ def _map_store(target: Destination, asked: PickRequest) -> Path | Store | None:
 
 def _draw(tomogram: Tomogram, picks: Picks, target: Destination, asked: PickRequest) -> Place:
     """Draw the picture of a tomogram's picks; return where it is."""
-    from tomocpt_stream.receipts import put_object
     from tomocpt_stream.report import draw_picks
 
-    if isinstance(target.picture, Path):
-        return draw_picks(tomogram, picks, target.picture, diameter=asked.diameter)
+    draw = partial(draw_picks, tomogram, picks, diameter=asked.diameter)
+    return draw_at(target.picture, draw, asked.options_for(target.picture))
+
+
+def draw_at(place: Place, draw: Callable[[Path], Path], storage_options: Mapping[str, Any]) -> Place:
+    """Draw a picture where it belongs, on a disk or at an address; return where it is."""
+    from tomocpt_stream.receipts import put_object
+
+    if isinstance(place, Path):
+        return draw(place)
     with tempfile.TemporaryDirectory(prefix="tomocpt-stream-") as folder:
-        drawn = draw_picks(tomogram, picks, Path(folder, "picks.png"), diameter=asked.diameter)
-        put_object(target.picture, drawn.read_bytes(), asked.options_for(target.picture))
-    return target.picture
+        put_object(place, draw(Path(folder, "picture.png")).read_bytes(), storage_options)
+    return place
 
 
 def _count(client: Any) -> int:

@@ -40,7 +40,7 @@ from tomocpt_stream.volume import ATTRIBUTE
 from tomocpt_stream.voxels import shared
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     import numpy.typing as npt
     from zarr.abc.store import Store
@@ -131,12 +131,19 @@ class Findings:
         self.counts.update(other.counts)
 
 
-def verify(store: StoreLike, *, client: Any = None, progress: Progress = silent) -> list[str]:
+def verify(
+    store: StoreLike,
+    *,
+    client: Any = None,
+    progress: Progress = silent,
+    storage_options: Mapping[str, Any] | None = None,
+) -> list[str]:
     """Return a sentence for every object of a volume or map that is missing or damaged; none, if all is well.
 
-    `store` is a path or a zarr store. Of a finished one every chunk must have a receipt; of one that is
-    not, the chunks that have one are read. With a `client` its workers read. Memory is about 0.1 GB in
-    each process, or that of three chunks where they are larger.
+    `store` is a path, an address (with `storage_options` as those of `remote.connect`) or a zarr store. Of
+    a finished one every chunk must have a receipt; of one that is not, the chunks that have one are read.
+    With a `client` its workers read. Memory is about 0.1 GB in each process, or that of three chunks where
+    they are larger.
 
     Raises
     ------
@@ -145,7 +152,8 @@ def verify(store: StoreLike, *, client: Any = None, progress: Progress = silent)
     JobError
         The store could not be read, three times; what it said is the cause.
     """
-    target = _existing(store) if client is None else shared(_existing(store))
+    target = _existing(store, storage_options)
+    target = target if client is None else shared(target)
     opened = open_stored(target)
     found = Findings(_lost_arrays(opened))
     if found.damage:
@@ -368,7 +376,7 @@ def _chunk_bytes(opened: Stored) -> int:
     return math.prod(opened.arrays["0"].chunks) * opened.arrays["0"].dtype.itemsize
 
 
-def _existing(store: StoreLike) -> Store:
+def _existing(store: StoreLike, storage_options: Mapping[str, Any] | None) -> Store:
     """Return a store; opening a folder that is not there would make it."""
     if is_absent(store):
         raise CheckpointError(
@@ -376,4 +384,4 @@ def _existing(store: StoreLike) -> Store:
             expected="a store that `ingest` or `predict` wrote",
             remedy="give the folder of a working volume or of a map",
         )
-    return as_store(store)
+    return as_store(store, storage_options)
