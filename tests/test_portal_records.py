@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import pickle
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +12,7 @@ from hypothesis import strategies as st
 
 from tests.portal_samples import record
 from tomocpt_stream.errors import FormatError
-from tomocpt_stream.portal_records import LeftOut, Selection, TomogramRecord, by_place, natural, write_whole
+from tomocpt_stream.portal_records import LeftOut, Selection, TomogramRecord, by_place, natural
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -130,34 +129,6 @@ def test_another_file_is_no_selection(text: str, said: str, tmp_path: Path) -> N
     path.write_text(text)
     with pytest.raises(FormatError, match=f"selection.json: .*{said}"):
         Selection.read(path)
-
-
-def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "selection.json"
-    write_whole(path, "before")
-
-    def full(_: int) -> None:
-        assert path.read_text() == "before"  # nothing of it is to be seen yet
-        raise OSError(28, "No space left on device")
-
-    fsync = os.fsync
-    monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(OSError, match="No space"):
-        write_whole(path, "after")
-    assert path.read_text() == "before"
-    assert list(tmp_path.iterdir()) == [path]
-
-    def overtaken(number: int) -> None:
-        monkeypatch.setattr("os.fsync", fsync)
-        write_whole(path, "another's")  # at the same moment
-        fsync(number)
-
-    monkeypatch.setattr("os.fsync", overtaken)
-    (tmp_path / "reader").hardlink_to(path)
-    write_whole(path, "mine")
-    assert path.read_text() == "mine"
-    assert (tmp_path / "reader").read_text() == "before"  # who has it open reads on
-    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_runs_are_sorted_as_people_count() -> None:

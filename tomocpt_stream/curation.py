@@ -24,7 +24,7 @@ from tomocpt_stream.formats.asked import Asked
 from tomocpt_stream.formats.csv_tables import MANUAL, PICKED, REMOVED, own_dialect, own_table, read_table
 from tomocpt_stream.formats.delimited import read_head
 from tomocpt_stream.formats.side import SAME_PLACE, same_places
-from tomocpt_stream.portal_records import write_whole
+from tomocpt_stream.whole import write_whole
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -146,8 +146,8 @@ class _Comparison:
 
     def write(self, folder: Path) -> None:
         """Write the figures, the curve and its picture."""
-        from tomocpt_stream.portal_records import write_whole
         from tomocpt_stream.report import draw_curve
+        from tomocpt_stream.whole import write_whole
 
         folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps(_plain(self._facts()), indent=2, ensure_ascii=False, allow_nan=False)

@@ -13,9 +13,9 @@ from tomocpt_stream.epochs import Epochs, Split, split
 from tomocpt_stream.errors import CheckpointError, SourceError
 from tomocpt_stream.labelled import open_labelled
 from tomocpt_stream.picker import Picker, load_picker
-from tomocpt_stream.portal_records import write_whole
 from tomocpt_stream.progress import Progress, silent
 from tomocpt_stream.training import Precision, Step, TrainOptions, ignore, train
+from tomocpt_stream.whole import write_whole
 
 if TYPE_CHECKING:
     import os

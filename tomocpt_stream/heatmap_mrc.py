@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-import os
 import struct
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
@@ -13,6 +13,7 @@ import numpy as np
 
 from tomocpt_stream.errors import SourceError
 from tomocpt_stream.progress import Progress, silent
+from tomocpt_stream.whole import whole
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -50,7 +51,7 @@ def write_heatmap_mrc(
         sizes = tuple(scale * frame.voxel_size for scale in grid.scale)
         corner = grid.to_source([[0, 0, 0]])[0] * frame.level_scale + frame.level_shift
         first = corner * frame.file_voxel_size
-        with SectionFile(Path(path), heatmap.shape, sizes, first) as file:
+        with section_file(Path(path), heatmap.shape, sizes, first) as file:
             for plane, slab in _layers(heatmap, 0, progress):
                 for offset, one in enumerate(slab):
                     file.put(plane + offset, one)
@@ -62,7 +63,7 @@ def write_heatmap_mrc(
             expected=f"the tomogram of the map: {frame.file_shape} voxels of {frame.file_voxel_size:g} Å",
             remedy="give the tomogram that was picked, or leave it out for the working grid",
         )
-    with SectionFile(Path(path), frame.file_shape, (frame.file_voxel_size,) * 3, np.zeros(3)) as file:
+    with section_file(Path(path), frame.file_shape, (frame.file_voxel_size,) * 3, np.zeros(3)) as file:
         for plane, one in _on_file_grid(heatmap, progress):
             file.put(plane, one)
 
@@ -128,45 +129,42 @@ def _spread(
     return plane
 
 
-class SectionFile:
-    """An MRC file under a temporary name that takes sections in any order, renamed at the end."""
+class Sections:
+    """The sections of an MRC file, taken in any order, and the statistics of all of them."""
 
-    def __init__(
-        self, path: Path, shape: Shape, sizes: tuple[float, ...], first: npt.NDArray[np.float64]
-    ) -> None:
-        self.path, self.shape = path, shape
-        self.partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        self.sizes, self.first = sizes, first
-        self.file: IO[bytes]
-        self.low, self.high, self.sum, self.squares = math.inf, -math.inf, 0.0, 0.0
-
-    def __enter__(self) -> SectionFile:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with mrcfile.new_mmap(self.partial, self.shape, mrc_mode=2, overwrite=True) as file:
-            file.voxel_size = tuple(float(size) for size in self.sizes[::-1])
-            file.header.origin = tuple(float(one) for one in self.first[::-1])
-        self.file = self.partial.open("r+b")
-        return self
+    def __init__(self, file: IO[bytes], shape: Shape) -> None:
+        self._file, self._shape = file, shape
+        self._low, self._high, self._sum, self._squares = math.inf, -math.inf, 0.0, 0.0
 
     def put(self, plane: int, values: Plane) -> None:
         """Write one section."""
-        self.file.seek(_HEADER_BYTES + plane * 4 * self.shape[1] * self.shape[2])
-        self.file.write(np.ascontiguousarray(values, dtype="<f4").tobytes())
-        self.low, self.high = min(self.low, float(values.min())), max(self.high, float(values.max()))
-        self.sum += float(values.sum(dtype=np.float64))
-        self.squares += float(np.square(values, dtype=np.float64).sum())
+        self._file.seek(_HEADER_BYTES + plane * 4 * self._shape[1] * self._shape[2])
+        self._file.write(np.ascontiguousarray(values, dtype="<f4").tobytes())
+        self._low, self._high = min(self._low, float(values.min())), max(self._high, float(values.max()))
+        self._sum += float(values.sum(dtype=np.float64))
+        self._squares += float(np.square(values, dtype=np.float64).sum())
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        try:
-            if kind is None:
-                count = math.prod(self.shape)
-                mean = self.sum / count
-                self.file.seek(_STATISTICS)
-                self.file.write(struct.pack("<3f", self.low, self.high, mean))
-                self.file.seek(_RMS)
-                self.file.write(struct.pack("<f", math.sqrt(max(0.0, self.squares / count - mean**2))))
-            self.file.close()
-            if kind is None:
-                self.partial.replace(self.path)
-        finally:
-            self.partial.unlink(missing_ok=True)
+    def finish(self) -> None:
+        """Write the statistics into the header."""
+        count = math.prod(self._shape)
+        mean = self._sum / count
+        self._file.seek(_STATISTICS)
+        self._file.write(struct.pack("<3f", self._low, self._high, mean))
+        self._file.seek(_RMS)
+        self._file.write(struct.pack("<f", math.sqrt(max(0.0, self._squares / count - mean**2))))
+
+
+@contextmanager
+def section_file(
+    path: Path, shape: Shape, sizes: tuple[float, ...], first: npt.NDArray[np.float64]
+) -> Iterator[Sections]:
+    """Yield the sections of a new MRC file, which appears whole when the block ends without an error."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole(path) as partial:
+        with mrcfile.new_mmap(partial, shape, mrc_mode=2, overwrite=True) as file:
+            file.voxel_size = tuple(float(size) for size in sizes[::-1])
+            file.header.origin = tuple(float(one) for one in first[::-1])
+        with partial.open("r+b") as opened:
+            sections = Sections(opened, shape)
+            yield sections
+            sections.finish()

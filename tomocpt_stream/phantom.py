@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +18,7 @@ from tomocpt_stream.progress import Progress, silent
 from tomocpt_stream.shapes import SHAPES_HELD_OUT, SHAPES_TRAIN
 from tomocpt_stream.specimen import Placed, SpecimenOptions, build_specimen
 from tomocpt_stream.tomogram import Tomogram, open_tomogram
+from tomocpt_stream.whole import whole
 
 __all__ = [
     "SHAPES_HELD_OUT",
@@ -30,6 +30,8 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    import os
+
     from tomocpt_stream.frame import Shape
 
 Field = npt.NDArray[np.float32]
@@ -145,12 +147,6 @@ def write_mrc(path: str | os.PathLike[str], array: npt.NDArray[np.generic], voxe
             expected="a volume of int8, int16, uint16, float16 or float32",
             remedy="convert it with astype before writing",
         )
-    target = Path(path)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    try:
-        with mrcfile.new(partial, overwrite=True) as file:
-            file.set_data(np.ascontiguousarray(array))
-            file.voxel_size = voxel_size
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
+    with whole(Path(path)) as partial, mrcfile.new(partial, overwrite=True) as file:
+        file.set_data(np.ascontiguousarray(array))
+        file.voxel_size = voxel_size

@@ -23,6 +23,7 @@ from tomocpt_stream.blocks import Window
 from tomocpt_stream.errors import CheckpointError, PlanError
 from tomocpt_stream.frame import RULES
 from tomocpt_stream.network import build_network, bytes_per_window, place, shift_answers
+from tomocpt_stream.whole import whole
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -153,13 +154,9 @@ class Picker:
         """Write the picker to one safetensors file; the file appears whole or not at all."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-        try:
+        with whole(path) as temporary:
             # save_file would leave a file that only its owner can read, whatever the umask.
             temporary.write_bytes(self._serialised())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
 
     def _serialised(self) -> bytes:
         """Return the bytes of the picker's file."""

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from tomocpt_stream.portal_records import write_whole
+from tomocpt_stream.whole import write_whole
 
 _LOGGER = logging.getLogger(__name__)
 _VERSION = 1

@@ -281,8 +281,8 @@ def pick_command(output: str, mask_object: str | None, **settings: Any) -> None:
 
 def _write(folder: Place, name: str, text: str, storage_options: Mapping[str, Any]) -> None:
     """Write a text file into a folder or below an address, whole or not at all."""
-    from tomocpt_stream.portal_records import write_whole
     from tomocpt_stream.receipts import put_object
+    from tomocpt_stream.whole import write_whole
 
     if isinstance(folder, Path):
         folder.mkdir(parents=True, exist_ok=True)

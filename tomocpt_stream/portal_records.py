@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
-import uuid
-from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from tomocpt_stream.errors import FormatError
+from tomocpt_stream.whole import write_whole
 
 LEVELS = 3
 """The levels of a tomogram's zarr on the portal, each binned twice from the one before."""
@@ -253,17 +251,3 @@ def natural(text: str) -> tuple[Any, ...]:
         for place, part in enumerate(parts)
     ]
     return (*key, (0, text))
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file under a temporary name and rename it, so that nobody ever reads half of it."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.partial")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())  # a rename must not outlive the bytes it names
-        temporary.replace(path)
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +15,7 @@ from matplotlib.markers import CARETDOWN, CARETLEFT
 from matplotlib.patheffects import withStroke
 
 from tomocpt_stream.errors import SourceError
+from tomocpt_stream.whole import whole
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -336,10 +336,6 @@ def _title(figure: Figure, name: str, facts: str) -> None:
 def _save(figure: Figure, path: Path, dpi: int) -> Path:
     """Write the picture under another name first, so that a file of this name is always whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
+    with whole(path) as partial:
         figure.savefig(partial, dpi=dpi, format="png")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
     return path

@@ -7,7 +7,6 @@ are those of the file, at level 0, never turned: picks are in these.
 
 from __future__ import annotations
 
-import os
 import shlex
 import warnings
 from dataclasses import dataclass, replace
@@ -23,6 +22,7 @@ from tomocpt_stream.formats import imod, render_picks
 from tomocpt_stream.formats.asked import Asked
 from tomocpt_stream.report import mean_slice
 from tomocpt_stream.tomogram import MRC_SUFFIXES
+from tomocpt_stream.whole import whole
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -249,11 +249,7 @@ def _beside(stem: Path, ending: str) -> Path:
 
 def _put(path: Path, data: str | bytes, *, kept: bool = False) -> None:
     """Write a file that appears whole; with `kept`, another one of its name stays as NAME~."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
+    with whole(path) as partial:
         partial.write_bytes(data if isinstance(data, bytes) else data.encode())
         if kept and path.is_file() and path.read_bytes() != partial.read_bytes():
             path.replace(path.with_name(f"{path.name}~"))
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -11,7 +11,6 @@ so that the commands know the formats without loading any.
 from __future__ import annotations
 
 import importlib
-import os
 import tempfile
 import warnings
 from collections.abc import Iterable, Mapping
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from tomocpt_stream.errors import FormatError
+from tomocpt_stream.whole import write_together
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -415,16 +415,7 @@ def _put(
         return
     paths = {folder / name: data for name, data in files.items()}
     _refuse_obstructed(paths)
-    partials = {path: path.with_name(f".{path.name}.{os.getpid()}.partial") for path in paths}
-    try:
-        for path, data in paths.items():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partials[path].write_bytes(data)
-        for path, partial in partials.items():
-            partial.replace(path)
-    finally:
-        for partial in partials.values():
-            partial.unlink(missing_ok=True)
+    write_together(paths)
 
 
 def _refuse_obstructed(paths: Iterable[Path]) -> None:
