@@ -16,6 +16,7 @@ from tomocpt_stream.convert_command import convert
 from tomocpt_stream.errors import ActionableError
 from tomocpt_stream.evaluate_command import evaluate_command
 from tomocpt_stream.finetune_command import finetune_command
+from tomocpt_stream.options import LENGTH
 from tomocpt_stream.portal_commands import portal
 from tomocpt_stream.request import (
     PickRequest,
@@ -45,8 +46,6 @@ if TYPE_CHECKING:
     from tomocpt_stream.training import Step
 
 UPSAMPLING_WARNED_BELOW = 0.75
-
-LENGTH = click.FloatRange(min=0, min_open=True)
 
 
 class Commands(click.Group):

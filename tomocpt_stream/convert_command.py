@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from tomocpt_stream.formats import FORMATS
+from tomocpt_stream.options import LENGTH, one_or_all, tomograms_option
 from tomocpt_stream.request import storage_option
 from tomocpt_stream.terminal import count, show_progress
 
@@ -32,22 +33,15 @@ MRC = (".mrc", ".map", ".rec")
 )
 @click.option(
     "--voxel-size",
-    type=click.FloatRange(min=0, min_open=True),
+    type=LENGTH,
     metavar="Å",
     help="Voxel size in Å of the tomograms, where IN does not say it.",
 )
 @click.option("--shape", type=click.IntRange(min=1), nargs=3, help="Voxels of the tomograms along z, y, x.")
-@click.option(
-    "--tomograms",
-    type=click.Path(exists=True),
-    multiple=True,
-    metavar="FILE",
-    help="Sizes and names of tomograms: a tomograms.star, Warp's .settings or .tomostar files, repeatable; "
-    "or a Dynamo .doc.",
-)
+@tomograms_option()
 @click.option(
     "--pixel-size",
-    type=click.FloatRange(min=0, min_open=True),
+    type=LENGTH,
     metavar="Å",
     help="Unbinned pixel size of the tilt series in Å, where IN or OUT count in its pixels.",
 )
@@ -116,7 +110,7 @@ def _write_picks(source: str, output: str, **asked: Any) -> None:
 
     particle, threshold, written = (asked.pop(name) for name in ("particle", "threshold", "written"))
     given, beside = asked.pop("tomograms"), asked.pop("optimisation_set")
-    asked["tomograms"] = (given[0] if len(given) == 1 else given) or None
+    asked["tomograms"] = one_or_all(given)
     tables = read_kinds(source, format=asked.pop("read"), particle=particle, **asked)
     kinds = sorted({table.particle for table in tables})
     if particle is not None:

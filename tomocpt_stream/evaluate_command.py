@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tomocpt_stream.errors import FormatError, PlanError
+from tomocpt_stream.options import LENGTH, one_or_all, tomograms_option
 from tomocpt_stream.terminal import count, print_table, warn
 
 if TYPE_CHECKING:
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from tomocpt_stream.evaluation import Evaluation, Match
     from tomocpt_stream.picks import Picks
 
-LENGTH = click.FloatRange(min=0, min_open=True)
 _FILES = ("evaluation.json", "curve.csv", "curve.png")
 _NAME = "{tomogram}"
 _FEW = 10  # tomograms below which an interval is said to rest on few
@@ -62,12 +62,7 @@ _FEW = 10  # tomograms below which an interval is said to rest on few
 @click.option("--particle", metavar="NAME", help="Only this kind (or STAR class), and what names none.")
 @click.option("--voxel-size", type=LENGTH, metavar="Å", help="Of the picks, instead of the file's.")
 @click.option("--truth-voxel-size", type=LENGTH, metavar="Å", help="Of the truth, instead of the file's.")
-@click.option(
-    "--tomograms",
-    multiple=True,
-    metavar="FILE",
-    help="Sizes that the files do not say: a tomograms.star, Warp's .settings or .tomostar, repeatable.",
-)
+@tomograms_option()
 @click.option("--format", metavar="FORMAT", help="Of the picks.  [default: by suffix and content]")
 @click.option("--truth-format", metavar="FORMAT", help="Of the truth.  [default: by suffix and content]")
 @click.option("--seed", type=click.IntRange(min=0), default=0, help="Of the bootstrap.")
@@ -229,7 +224,7 @@ def _read(side: str, path: str, settings: Mapping[str, Any]) -> dict[str, Picks]
     kind, particle = settings[f"{prefix}format"], settings["particle"]
     options = {
         "voxel_size": settings[f"{prefix}voxel_size"],
-        "tomograms": list(settings["tomograms"]) or None,
+        "tomograms": one_or_all(settings["tomograms"]),
         "particle": particle,
     }
     read = [(file, one) for file in _files(path, kind) for one in read_kinds(file, format=kind, **options)]

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tomocpt_stream.formats import FORMATS
+from tomocpt_stream.options import LENGTH
 from tomocpt_stream.request import PickRequest, format_options, pick_all, storage_option
 from tomocpt_stream.terminal import count, print_table, warn
 
@@ -56,7 +57,7 @@ def selection_options(command: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option(
             "--voxel-spacing",
-            type=click.FloatRange(min=0, min_open=True),
+            type=LENGTH,
             metavar="Å",
             help="Only this voxel spacing, within 0.01 Å.",
         ),
@@ -68,7 +69,7 @@ def selection_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--ground-truth-of", metavar="OBJECT", help="Only where there is ground truth of this."),
         click.option(
             "--near",
-            type=click.FloatRange(min=0, min_open=True),
+            type=LENGTH,
             metavar="Å",
             help="Of a run's tomograms take one of the voxel spacing nearest to this.",
         ),
@@ -139,7 +140,7 @@ def chosen(settings: dict[str, Any], near: float | None = None) -> tuple[Selecti
 @click.option("--level", type=click.IntRange(0, 2), default=0, help="Level whose bytes are counted.")
 @click.option(
     "--diameter",
-    type=click.FloatRange(min=0, min_open=True),
+    type=LENGTH,
     metavar="Å",
     help="Count windows for a particle.",
 )
@@ -208,7 +209,7 @@ def _say_left_out(selection: Selection, *, each: bool) -> None:
 
 
 @portal.command("pick", short_help="Pick the tomograms of a deposition, dataset or run.")
-@click.option("--diameter", type=click.FloatRange(min=0, min_open=True), required=True, metavar="Å")
+@click.option("--diameter", type=LENGTH, required=True, metavar="Å")
 @click.option(
     "--output",
     required=True,

@@ -23,11 +23,12 @@ from tomocpt_stream.picks import Picks
 from tomocpt_stream.portal import select_tomograms
 from tomocpt_stream.portal_annotations import read_placed
 from tomocpt_stream.portal_queries import PortalAPI
-from tomocpt_stream.portal_records import LeftOut, Selection, TomogramRecord, by_place, write_whole
+from tomocpt_stream.portal_records import LeftOut, Selection, TomogramRecord, by_place
 from tomocpt_stream.portal_scope import fits_name
 from tomocpt_stream.portal_selection import choose, plural, preference
 from tomocpt_stream.run_truth import Run, read_truth, run_key
 from tomocpt_stream.tomogram import Tomogram, open_tomogram
+from tomocpt_stream.whole import write_whole
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence

@@ -16,6 +16,7 @@ import click
 
 from tomocpt_stream.errors import PlanError
 from tomocpt_stream.formats import FORMATS
+from tomocpt_stream.options import LENGTH, one_or_all, tomograms_option
 from tomocpt_stream.terminal import (
     cluster_line,
     count,
@@ -68,7 +69,7 @@ def storage_option(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def format_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options that say how picks are written."""
-    options = [
+    options: list[Callable[[Callable[..., Any]], Callable[..., Any]]] = [
         click.option(
             "--format",
             type=click.Choice([name for name, kind in FORMATS.items() if kind.writes]),
@@ -76,18 +77,10 @@ def format_options(command: Callable[..., Any]) -> Callable[..., Any]:
             help="Of the picks; README has frame, units, scores and angles of each.",
         ),
         click.option("--particle", default="", metavar="NAME", help="What the picks are called."),
-        click.option(
-            "--tomograms",
-            "sizes",
-            type=click.Path(exists=True),
-            multiple=True,
-            metavar="FILE",
-            help="Names and sizes for relion4, relion5 and warp: a tomograms.star, Warp's .settings or "
-            ".tomostar files.",
-        ),
+        tomograms_option("sizes"),
         click.option(
             "--pixel-size",
-            type=click.FloatRange(min=0, min_open=True),
+            type=LENGTH,
             metavar="Å",
             help="Unbinned pixel size of the tilt series, where no tomograms.star says it.",
         ),
@@ -208,7 +201,7 @@ class PickRequest:
         """Return what `write_picks` is told beside picks and place."""
         return {
             "format": self.format,
-            "tomograms": (self.sizes[0] if len(self.sizes) == 1 else self.sizes) or None,
+            "tomograms": one_or_all(self.sizes),
             "pixel_size": self.pixel_size,
             "name_pattern": self.name_pattern,
         }

@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tomocpt_stream.errors import FormatError
+from tomocpt_stream.options import LENGTH, one_or_all, tomograms_option
 from tomocpt_stream.terminal import count
 
 if TYPE_CHECKING:
     from tomocpt_stream.picks import Picks
     from tomocpt_stream.tomogram import Tomogram
-
-LENGTH = click.FloatRange(min=0, min_open=True)
 
 
 @click.command("view", short_help="Open a tomogram with its picks in napari, IMOD or ChimeraX.")
@@ -37,12 +36,7 @@ LENGTH = click.FloatRange(min=0, min_open=True)
     help="Folder for the files.",
 )
 @click.option("--format", "kind", metavar="NAME", help="Format of PICKS, where its suffix does not say.")
-@click.option(
-    "--tomograms",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    metavar="FILE",
-    help="RELION's tomograms.star, where PICKS needs its sizes.",
-)
+@tomograms_option()
 @click.option("--name", metavar="NAME", help="What PICKS calls the tomogram.  [default: the file's name]")
 @click.option("--particle", metavar="NAME", help="The kind of particle that is shown, of several in PICKS.")
 @click.option(
@@ -62,9 +56,10 @@ def view_command(source: str, picks: str, viewer: Any, diameter: float, **settin
     from tomocpt_stream.viewers import picks_of, view_files, write_view
 
     tomogram = open_tomogram(source, voxel_size=settings["voxel_size"], name=settings["name"])
-    inputs = [source, picks, *companions(picks), *filter(None, [settings["tomograms"]])]
+    inputs = [source, picks, *companions(picks), *settings["tomograms"]]
     refuse_overwriting([*map(str, inputs)], *view_files(tomogram, settings["output"], viewer))
-    asked = {name: settings[name] for name in ("tomograms", "particle", "base_index")}
+    asked = {name: settings[name] for name in ("particle", "base_index")}
+    asked["tomograms"] = one_or_all(settings["tomograms"])
     tables = _read(picks, tomogram, format=settings["kind"], **asked)
     shown = picks_of(tables, tomogram)
     if settings["threshold"] is not None:
