@@ -20,6 +20,7 @@ from tomocpt_stream.options import LENGTH
 from tomocpt_stream.portal_commands import portal
 from tomocpt_stream.request import (
     PickRequest,
+    contrast_option,
     draw_at,
     format_options,
     options_for,
@@ -27,6 +28,7 @@ from tomocpt_stream.request import (
     storage_option,
 )
 from tomocpt_stream.terminal import (
+    contrast_line,
     count,
     fact_lines,
     facts_line,
@@ -138,7 +140,7 @@ def workers_option(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option(
     "--diameter", type=LENGTH, required=True, metavar="Å", help="Longest axis of the particle in Å."
 )
-@click.option("--contrast", type=click.Choice(["dark", "bright"]), default="dark", help="How protein looks.")
+@contrast_option
 @click.option("--threshold", type=click.FloatRange(0, 1), default=0.3, help="Least score of a pick, 0 to 1.")
 @click.option(
     "--min-distance",
@@ -223,6 +225,7 @@ main.add_command(curate_command)
     help="PNG of the central slice with a circle of --diameter.  [default: NAME_size.png]",
 )
 @click.option("--picture/--no-picture", default=True, help="Draw that PNG where --diameter is given.")
+@contrast_option
 @storage_option
 @workers_option
 @source_options
@@ -276,15 +279,15 @@ def _inspect_plan(
     from tomocpt_stream.pipeline import plan_pick
 
     picker = load_picker(settings["picker"], device=settings["device"], storage_options=storage_options)
-    options = PickOptions(
-        diameter=diameter, stitch=settings["stitch"], tta=settings["tta"], batch_size=settings["batch_size"]
-    )
+    kept = ("contrast", "stitch", "tta", "batch_size")
+    options = PickOptions(diameter=diameter, **{name: settings[name] for name in kept})
     grid, plan = plan_pick(tomogram, picker, options, memory=settings["memory"])
     click.echo(plan_line(grid, plan))
     workers = settings["workers"]
     if workers is not None:
         _, plan = plan_pick(tomogram, picker, options, memory=settings["memory"], workers=workers)
         click.echo(plan_line(grid, plan, workers=workers))
+    click.echo(contrast_line(options, plan))
     ratio = grid.voxel_size / tomogram.voxel_size
     click.echo(f"  ratio of working to source voxel size {ratio:.3g}")
     if ratio < UPSAMPLING_WARNED_BELOW:
@@ -441,7 +444,11 @@ def demo_command(output: Path, seed: int, **settings: Any) -> None:
     truth = _write_phantom(phantom, path, output / "truth.star")
     click.echo(f"simulated {count(len(phantom.picks()), 'particle')} -> {path}, {truth}")
     asked = PickRequest(
-        tomograms=(str(path),), output=str(output / "picks.star"), diameter=scene.diameter, **settings
+        tomograms=(str(path),),
+        output=str(output / "picks.star"),
+        diameter=scene.diameter,
+        contrast=scene.contrast,
+        **settings,
     )
     (picks,) = pick_all(asked)
     found = match(picks, phantom.picks(), tolerance=scene.diameter / 2)

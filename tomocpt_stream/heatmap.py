@@ -11,7 +11,7 @@ import time
 import uuid
 import warnings
 from array import array
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
 import numpy as np
@@ -19,6 +19,7 @@ import zarr
 
 from tomocpt_stream.assignment import assigned
 from tomocpt_stream.blocks import CODEC_CONCURRENCY, STITCHES, Stitch, Window, box_of
+from tomocpt_stream.contrast import find_contrast, is_negated
 from tomocpt_stream.dispatch import run_jobs
 from tomocpt_stream.duplicates import sha256
 from tomocpt_stream.errors import PlanError
@@ -47,13 +48,14 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from tomocpt_stream.blocks import BlockPlan, Span
+    from tomocpt_stream.contrast import Finding
     from tomocpt_stream.mask import Mask
     from tomocpt_stream.stages import Address, Report
     from tomocpt_stream.volume import Volume
 
 __all__ = ["Heatmap", "PickOptions", "Scorer", "open_heatmap", "predict"]
 
-Contrast = Literal["dark", "bright"]
+Contrast = Literal["dark", "bright", "auto"]
 Level = Literal["given", "coarsest"]
 
 FORMAT_VERSION = 1
@@ -86,7 +88,8 @@ class PickOptions:
     min_distance
         Euclidean, centre to centre; a pick at exactly this distance is kept. None: 0.75 diameter.
     contrast
-        How protein looks in this tomogram, "dark" (RELION, IMOD) or "bright" (Warp's default).
+        How protein looks in this tomogram, "dark" (RELION, IMOD) or "bright" (Warp's default); "auto"
+        takes the one at which the picker finds more, see `contrast.find_contrast`.
     stitch
         "crop" keeps each window's own voxels, "hann" and "gaussian" blend overlapping windows.
     tta
@@ -157,6 +160,7 @@ def predict(  # noqa: PLR0913  (the public signature of the design)
     options: PickOptions,
     mask: MaskLike | None = None,
     client: Any = None,
+    finding: Finding | None = None,
     progress: Progress = silent,
     storage_options: Mapping[str, Any] | None = None,
 ) -> Heatmap:
@@ -170,6 +174,9 @@ def predict(  # noqa: PLR0913  (the public signature of the design)
     where it stopped, under any memory budget; a finished store is returned at once. A picker
     without `.fingerprint` cannot be told from another one: nothing of it is resumed.
 
+    With contrast "auto" some windows are scored first, at both signs; `finding` is what `find_contrast`
+    said of this volume and picker, where it was asked already. The map is that of the contrast found.
+
     Raises
     ------
     PlanError
@@ -181,7 +188,11 @@ def predict(  # noqa: PLR0913  (the public signature of the design)
     """
     _check_request(volume, picker, plan, options)
     allowed = None if mask is None else open_mask(mask, volume.frame, volume.grid, storage_options)
-    negate = is_negated(picker, options)
+    contrast: str = options.contrast
+    if contrast == "auto":
+        finding = finding or find_contrast(volume, picker, plan, client=client, progress=progress)
+        contrast = finding.contrast
+    negate = is_negated(picker, contrast)
     config = _config(volume, picker, plan, negate=negate, mask=allowed)
     target = as_store(store, storage_options)
     target = target if client is None else shared(target)
@@ -206,7 +217,9 @@ def predict(  # noqa: PLR0913  (the public signature of the design)
         finished = _finish(work, address, client)
     if allowed is not None and not finished["scored"]:
         warnings.warn(f"the mask of {volume.name} has no voxel inside: nothing was scored", stacklevel=2)
-    group.attrs.put({**group.attrs.asdict(), ATTRIBUTE: {**attributes, "finished": finished, "run": stats}})
+    found = {} if finding is None else {"contrast": asdict(finding)}
+    ours = {**attributes, "finished": finished, "run": stats, **found}
+    group.attrs.put({**group.attrs.asdict(), ATTRIBUTE: ours})
     delete_litter(target)
     return open_heatmap(target)
 
@@ -320,15 +333,6 @@ def _check_request(volume: Volume, picker: Scorer, plan: BlockPlan, options: Pic
             remedy="call plan_blocks with the volume's shape, the picker's window and the options' "
             "stitch, batch_size and tta",
         )
-
-
-def is_negated(picker: Scorer, options: PickOptions) -> bool:
-    """Return whether protein looks the other way round than the picker was trained to see it.
-
-    A picker that does not say sees it dark.
-    """
-    metadata = getattr(picker, "metadata", None) or {}
-    return options.contrast != str(metadata.get("contrast", "dark"))
 
 
 def _config(

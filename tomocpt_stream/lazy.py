@@ -26,8 +26,8 @@ import numpy as np
 from zarr.storage import LocalStore
 
 from tomocpt_stream.assignment import picker_name
+from tomocpt_stream.contrast import find_contrast, is_negated
 from tomocpt_stream.errors import PlanError
-from tomocpt_stream.heatmap import PickOptions, Scorer, is_negated
 from tomocpt_stream.mask import MaskLike, open_mask
 from tomocpt_stream.pipeline import VOLUME, level_for, plan_pick, rule_of, scratch_folder
 from tomocpt_stream.receipts import as_store, config_hash, within
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 
     from tomocpt_stream.blocks import BlockPlan, Index
     from tomocpt_stream.frame import Rule
+    from tomocpt_stream.heatmap import PickOptions, Scorer
     from tomocpt_stream.mask import Mask
     from tomocpt_stream.tomogram import Tomogram
 
@@ -73,7 +74,8 @@ def heatmap_lazy(
     This is for parts of a map, and for what dask does with them. Each chunk scores all windows that
     contribute to it. With `stitch="crop"` no other chunk needs them; with windows that are blended the
     network sees a voxel of a large volume about 19 times, against 3.5 times in `predict`, which is the
-    way to a whole map.
+    way to a whole map. With contrast "auto" the process that brings the tomogram onto the grid also finds
+    the contrast there, as `pick` does.
 
     Of the chunks that a process computes at a time one is scored and one other reads ahead; the rest
     wait. A picker is loaded once by each process. What is in memory (a tomogram or a mask from an array,
@@ -101,7 +103,7 @@ def heatmap_lazy(
     )
     store = as_store(volume, storage_options)
     name = picker_name(picker, otherwise=str(uuid.uuid4()))
-    negate = is_negated(picker, options)
+    negate = None if options.contrast == "auto" else is_negated(picker, options.contrast)
     token = config_hash(
         {
             "volume": str(store),
@@ -167,7 +169,7 @@ class _Scores:
         plan: BlockPlan,
         mask: Mask | None,
         *,
-        negate: bool,
+        negate: bool | None,
     ) -> None:
         self.store, self._picker, self._plan, self._mask = store, picker, plan, mask
         self._negate = negate
@@ -188,6 +190,16 @@ class _Scores:
         counts = tuple(len(axis) for axis in scoring.plan.tasks.axes)
         return score_chunk(scoring.plan.tasks[int(np.ravel_multi_index(place, counts))], scoring)
 
+    def settled(self) -> _Scores:
+        """Return this with the contrast that the picker finds, where none was given."""
+        if self._negate is not None:
+            return self
+        picker = self._picker.open()
+        turns = _turns(picker, self._picker.name if self._picker.lasts else None)
+        finding = find_contrast(open_volume(self.store), picker, self._plan, turns=turns)
+        negate = is_negated(picker, finding.contrast)
+        return _Scores(self.store, self._picker, self._plan, self._mask, negate=negate)
+
     def _open(self) -> Scoring:
         with self._opening:
             if self._opened is None:
@@ -198,7 +210,7 @@ class _Scores:
                     volume=open_volume(self.store),
                     picker=picker,
                     plan=self._plan,
-                    negate=self._negate,
+                    negate=bool(self._negate),
                     mask=self._mask,
                     turns=_turns(picker, self._picker.name if self._picker.lasts else None),
                 )
@@ -217,13 +229,16 @@ class _Source:
 
 
 def _ingested(parcel: _Parcel | _Sealed) -> _Scores:
-    """Bring the tomogram onto the working grid, where that is not done; return what scores it."""
+    """Bring the tomogram onto the working grid, where that is not done; return what scores it.
+
+    With contrast "auto" that is also where its contrast is found, once for all chunks.
+    """
     source: _Source = parcel.open()
     store = source.scores.store
     if source.temporary and isinstance(store, LocalStore):
         _refuse_unseen(store.root.parent.parent)
     ingest(source.tomogram, store, voxel_size=source.voxel_size, rule=source.rule)
-    return source.scores
+    return source.scores.settled()
 
 
 def _score(scores: _Scores, block_id: Index) -> npt.NDArray[np.float32]:

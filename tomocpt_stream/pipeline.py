@@ -12,6 +12,7 @@ import numpy as np
 
 from tomocpt_stream.blocks import BlockPlan, plan_blocks
 from tomocpt_stream.connection import on_this_machine
+from tomocpt_stream.contrast import find_contrast
 from tomocpt_stream.errors import PlanError
 from tomocpt_stream.frame import Grid, working_grid
 from tomocpt_stream.heatmap import PickOptions, Scorer, predict
@@ -68,6 +69,9 @@ def pick(  # noqa: PLR0913  (the public signature of the design)
     and the folders must be seen by all of them. The picks are the same. `verify` reads everything that
     was stored again and compares it with its receipts.
 
+    With contrast "auto" a few windows of the working volume are scored at both signs first, and the map is
+    that of the sign at which the picker finds more; see `contrast.find_contrast`.
+
     Picks nearer than `options.margin` Å to a face of the volume are left out; the face lies half a
     voxel outside the centre of the outermost voxel.
 
@@ -100,14 +104,19 @@ def pick(  # noqa: PLR0913  (the public signature of the design)
             progress=progress,
             storage_options=storage_options,
         )
+        finding = None
+        if options.contrast == "auto":
+            finding = find_contrast(volume, picker, plan, client=client, progress=progress)
+        contrast = options.contrast if finding is None else finding.contrast
         heatmap = predict(
             volume,
             picker,
             plan,
-            store=keep_heatmap or within(folder, _map_name(picker, options, allowed)),
+            store=keep_heatmap or within(folder, _map_name(picker, contrast, options, allowed)),
             options=options,
             mask=None if allowed is None else allowed.tomogram,
             client=client,
+            finding=finding,
             progress=progress,
             storage_options=storage_options,
         )
@@ -247,12 +256,15 @@ def _passing_folder(folder: str) -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory(prefix="heatmap-", dir=folder)
 
 
-def _map_name(picker: Scorer, options: PickOptions, mask: Mask | None) -> str:
-    """Return the name of a map beside others of the same volume; `predict` holds the full account."""
+def _map_name(picker: Scorer, contrast: str, options: PickOptions, mask: Mask | None) -> str:
+    """Return the name of a map beside others of the same volume; `predict` holds the full account.
+
+    `contrast` is "dark" or "bright": what was found has the map of what was said.
+    """
     asked = {
         "picker": getattr(picker, "fingerprint", None),
         "numerics": getattr(picker, "numerics", None),
-        "contrast": options.contrast,
+        "contrast": contrast,
         "stitch": options.stitch,
         "tta": options.tta,
         "batch_size": options.batch_size,

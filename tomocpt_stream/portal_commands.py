@@ -13,7 +13,7 @@ import click
 
 from tomocpt_stream.formats import FORMATS
 from tomocpt_stream.options import LENGTH
-from tomocpt_stream.request import PickRequest, format_options, pick_all, storage_option
+from tomocpt_stream.request import PickRequest, contrast_option, format_options, pick_all, storage_option
 from tomocpt_stream.terminal import count, print_table, warn
 
 if TYPE_CHECKING:
@@ -216,7 +216,7 @@ def _say_left_out(selection: Selection, *, each: bool) -> None:
     metavar="DIR|ADDRESS",
     help="One STAR a tomogram, with selection.json, citations.md and citations.bib.",
 )
-@click.option("--contrast", type=click.Choice(["dark", "bright"]), default="dark", help="How protein looks.")
+@contrast_option
 @click.option("--threshold", type=click.FloatRange(0, 1), default=0.3, help="Least score of a pick, 0 to 1.")
 @click.option("--min-distance", type=click.FloatRange(min=0), metavar="Å", help="[default: 0.75 diameter]")
 @click.option("--margin", type=click.FloatRange(min=0), default=0.0, metavar="Å", help="Keep off the faces.")

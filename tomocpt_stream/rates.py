@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from tomocpt_stream.progress import Tally
 
 # What the stages count that are not measured in voxels.
-_UNITS = {"simulate": "tomograms", "calibrate": "tomograms", "train": "steps"}
+_UNITS = {"simulate": "tomograms", "calibrate": "tomograms", "train": "steps", "contrast": "windows"}
 
 
 @dataclass

@@ -19,6 +19,7 @@ from tomocpt_stream.formats import FORMATS
 from tomocpt_stream.options import LENGTH, one_or_all, tomograms_option
 from tomocpt_stream.terminal import (
     cluster_line,
+    contrast_line,
     count,
     facts_line,
     plan_line,
@@ -64,6 +65,16 @@ def storage_option(command: Callable[..., Any]) -> Callable[..., Any]:
         "skip_signature, cache_bytes. For one provider, that of the first address given, never for the "
         "portal's bucket.  "
         "[default: from the environment]",
+    )(command)
+
+
+def contrast_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the option that says how protein looks."""
+    return click.option(
+        "--contrast",
+        type=click.Choice(["auto", "dark", "bright"]),
+        default="dark",
+        help="How protein looks. auto: a few windows are scored both ways, the one with more to pick is it.",
     )(command)
 
 
@@ -357,6 +368,7 @@ def _pick_one(
     grid, plan = plan_pick(tomogram, picker, options, memory=asked.memory, workers=_count(client))
     click.echo(facts_line(tomogram))
     click.echo(plan_line(grid, plan, workers=_count(client)))
+    click.echo(contrast_line(options, plan))
     click.echo(f"  spacing {min_distance(options):g} Å, threshold {options.threshold:g}")
     began = time.perf_counter()
     with show_progress(tomogram.name) as progress:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from tomocpt_stream.blocks import BlockPlan
     from tomocpt_stream.frame import Grid
+    from tomocpt_stream.heatmap import PickOptions
     from tomocpt_stream.progress import WorkerProgress
     from tomocpt_stream.tomogram import Tomogram
     from tomocpt_stream.traffic import Traffic
@@ -102,6 +103,17 @@ def plan_line(grid: Grid, plan: BlockPlan, *, workers: int = 1) -> str:
     """Return what a plan costs: tasks, windows, passes per voxel, bytes of each worker."""
     each = f" in each of {workers} workers" if workers > 1 else ""
     return f"  working voxel size {grid.voxel_size:g} Å; {plan}{each}"
+
+
+def contrast_line(options: PickOptions, plan: BlockPlan) -> str:
+    """Return how protein looks, or what finding it out adds to a plan."""
+    if options.contrast != "auto":
+        return f"  protein looks {options.contrast}"
+    from tomocpt_stream.contrast import windows_sampled
+
+    return (
+        f"  protein looks dark or bright: {count(windows_sampled(plan), 'window')} more, at both signs, tell"
+    )
 
 
 def cluster_line(threads: Mapping[str, int], address: str, dashboard: str | None) -> str:
