@@ -88,7 +88,7 @@ def scored(who: str, picks: Picks, truth: Picks, tolerance: float, threshold: st
 
 def difference_of_gaussians(tomogram: Tomogram, picker: Picker, diameter: float) -> dict[float, Picks]:
     """Return the candidates of each width, in voxels of the file, spaced as the picker's are."""
-    grid, _ = plan_pick(tomogram, picker, PickOptions(diameter))
+    grid, _ = plan_pick(tomogram, picker, PickOptions(diameter, contrast="dark"))
     with tempfile.TemporaryDirectory(prefix="bench-base-") as folder:
         volume = ingest(tomogram, Path(folder) / "volume.zarr", voxel_size=grid.voxel_size)
         low, middle, high = volume.percentiles
@@ -155,7 +155,7 @@ def phantoms(picker: Picker, sheets: int, snr: float) -> list[str]:
         phantom = simulate_phantom(options, seed=seed, name=f"phantom {seed}")
         truth = phantom.picks()
         began = time.perf_counter()
-        picks = pick(phantom.tomogram, picker, PickOptions(options.diameter))
+        picks = pick(phantom.tomogram, picker, PickOptions(options.diameter, contrast="dark"))
         seconds = time.perf_counter() - began
         what = f"{seed}: {', '.join(kinds)} ({len(truth)}; {seconds:.0f} s)"
         truths.append(truth)
@@ -184,7 +184,7 @@ def sim10a(picker: Picker, folder: Path, pictures: Path | None) -> list[str]:
     ]
     for kind, diameter in DIAMETERS.items():
         truth = _truth(particles, kind)
-        picks = pick(tomogram, picker, PickOptions(diameter))
+        picks = pick(tomogram, picker, PickOptions(diameter, contrast="dark"))
         if pictures is not None:
             draw_picks(tomogram, picks, pictures / f"sim_val_1_{kind}.png", diameter=diameter)
         answers = [("base", "0.3", picks), ("base", "0.5", picks.above(0.5))]

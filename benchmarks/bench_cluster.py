@@ -144,7 +144,9 @@ def equality_table(shape: tuple[int, int, int], sim10a: Path | None, *, every_cu
                 seen: tuple[set[str], set[str]] = (set(), set())
                 place = Path(folder) / name / scorer
                 for workers in (0, 1, 2, 4):
-                    row = _equal_runs(place, tomogram, PickOptions(diameter), picker, workers, chosen, seen)
+                    row = _equal_runs(
+                        place, tomogram, PickOptions(diameter, contrast="dark"), picker, workers, chosen, seen
+                    )
                     lines.append(f"| {name} | {scorer} | {row}")
                     print(lines[-1], flush=True)
     return lines
@@ -236,9 +238,16 @@ def scaling_table(shape: tuple[int, int, int], seconds: float) -> list[str]:
         volume = _noise_volume(Path(folder), shape)
         for workers in (1, 2, 4, 8):
             with cluster(workers) as client:
-                _warm(client, scorer, PickOptions(2 * scorer.particle_radius * VOXEL_SIZE), folder)
+                _warm(
+                    client,
+                    scorer,
+                    PickOptions(2 * scorer.particle_radius * VOXEL_SIZE, contrast="dark"),
+                    folder,
+                )
                 for stitch in ("hann", "crop"):
-                    options = PickOptions(2 * scorer.particle_radius * VOXEL_SIZE, stitch=stitch)
+                    options = PickOptions(
+                        2 * scorer.particle_radius * VOXEL_SIZE, stitch=stitch, contrast="dark"
+                    )
                     plan = plan_blocks(volume.shape, scorer.window, stitch=stitch, workers=workers)
                     last = end((task.window_count for task in plan.tasks), workers)
                     before = _processor_seconds(client)
@@ -345,7 +354,7 @@ def overlap_table(shape: tuple[int, int, int]) -> list[str]:
     with tempfile.TemporaryDirectory(prefix="bench-cluster-") as folder:
         _noise_volume(Path(folder), shape)
         late = LateStore(LocalStore(Path(folder) / "volume"), 0.05)
-        options = PickOptions(2 * 10.0 * VOXEL_SIZE)
+        options = PickOptions(2 * 10.0 * VOXEL_SIZE, contrast="dark")
         for workers in (0, 1, 2):
             with cluster(workers) as client:
                 _warm(client, Sleeper(0.0), options, folder)
@@ -372,7 +381,7 @@ def _read_and_score(
     folder: str, store: Store, seconds: float, workers: int, client: Any
 ) -> tuple[float, BlockPlan, float]:
     """Predict once; return the wall time, the plan, and the most seconds that a worker's scorer ran."""
-    scorer, options = Sleeper(seconds), PickOptions(2 * 10.0 * VOXEL_SIZE)
+    scorer, options = Sleeper(seconds), PickOptions(2 * 10.0 * VOXEL_SIZE, contrast="dark")
     volume = open_volume(store)
     plan = plan_blocks(volume.shape, scorer.window, stitch=options.stitch, workers=max(1, workers))
     place = Path(folder) / f"map {time.time()}"
@@ -408,7 +417,7 @@ class Peaks:
 def memory_table(shape: tuple[int, int, int], budget: str, workers: int) -> list[str]:
     """Return the table of the fifth part."""
     scorer = BoxMean()
-    options = PickOptions(2 * 2 * scorer.particle_radius * VOXEL_SIZE)
+    options = PickOptions(2 * 2 * scorer.particle_radius * VOXEL_SIZE, contrast="dark")
     with tempfile.TemporaryDirectory(prefix="bench-cluster-") as folder, ExitStack() as held:
         path = Path(folder) / "tomogram.mrc"
         write_tomogram(path, shape)

@@ -175,12 +175,12 @@ def write_tomogram(path: Path, shape: tuple[int, int, int], dtype: type[np.gener
 def measure(path: Path, *, ratio: float, memory: str | None) -> Run:
     """Pick the file at a working voxel size of `ratio` times its own; for a process of its own."""
     tomogram, picker = open_tomogram(path), BoxMean()
-    options = PickOptions(diameter=2 * RADIUS * VOXEL_SIZE * ratio, stitch="hann")
+    options = PickOptions(diameter=2 * RADIUS * VOXEL_SIZE * ratio, stitch="hann", contrast="dark")
     warm = open_tomogram(
         np.random.default_rng(0).normal(size=(70, 70, 70)).astype(np.float32), voxel_size=VOXEL_SIZE
     )
     pick(
-        warm, picker, PickOptions(diameter=2 * RADIUS * VOXEL_SIZE * ratio)
+        warm, picker, PickOptions(diameter=2 * RADIUS * VOXEL_SIZE * ratio, contrast="dark")
     )  # imports, pools, caches of code
     _, plan = plan_pick(tomogram, picker, options, memory=memory)
     stages = Stages()
@@ -288,7 +288,7 @@ def _row(run: Run) -> str:
 def network_table(shape: tuple[int, int, int], repeats: int, source: str, device: str) -> list[str]:
     """Return the table of the second part."""
     picker = load_picker(source, device=device)
-    options = PickOptions(diameter=2 * picker.particle_radius * VOXEL_SIZE)
+    options = PickOptions(diameter=2 * picker.particle_radius * VOXEL_SIZE, contrast="dark")
     picker.score(np.zeros((options.batch_size, *picker.window.shape), dtype=np.float32))
     walls, shares, plan = [], [], None
     with tempfile.TemporaryDirectory(prefix="bench-pipeline-") as folder:

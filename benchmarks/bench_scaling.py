@@ -35,9 +35,11 @@ def rows(shape: tuple[int, int, int], seconds: float) -> list[str]:
         grown = (shape[0], down * shape[1], across * shape[2])
         with tempfile.TemporaryDirectory(prefix="bench-scaling-") as folder, cluster(workers) as client:
             volume = _noise_volume(Path(folder), grown)
-            _warm(client, scorer, PickOptions(2 * scorer.particle_radius * VOXEL_SIZE), folder)
+            _warm(
+                client, scorer, PickOptions(2 * scorer.particle_radius * VOXEL_SIZE, contrast="dark"), folder
+            )
             for stitch in ("crop", "hann"):
-                options = PickOptions(2 * scorer.particle_radius * VOXEL_SIZE, stitch=stitch)
+                options = PickOptions(2 * scorer.particle_radius * VOXEL_SIZE, stitch=stitch, contrast="dark")
                 plan = plan_blocks(volume.shape, scorer.window, stitch=stitch, workers=workers)
                 last = end((task.window_count for task in plan.tasks), workers)
                 before = _processor_seconds(client)

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from distributed import Client
 
 SHAPE = (44, 40, 42)
-OPTIONS = PickOptions(60.0, stitch="hann", batch_size=3)
+OPTIONS = PickOptions(60.0, stitch="hann", batch_size=3, contrast="dark")
 
 
 @pytest.fixture(scope="module")

@@ -145,7 +145,7 @@ def test_a_size_of_unknown_meaning_is_refused(theirs: nn.Module, tmp_path: Path)
 def test_the_grid_of_an_imported_picker_is_that_of_their_rule(checkpoint: Path) -> None:
     picker = import_checkpoint(checkpoint)
     tomogram = open_tomogram(np.zeros((70, 75, 77), np.float32), voxel_size=10.0, name="TS_01")
-    grid, _ = plan_pick(tomogram, picker, PickOptions(diameter=300.0))
+    grid, _ = plan_pick(tomogram, picker, PickOptions(diameter=300.0, contrast="dark"))
     assert grid.shape == (46, 50, 51)  # rounded down; ours are rounded up
     assert grid.scale == (70 / 46, 75 / 50, 77 / 51)
     assert scratch_folder(tomogram, grid, "tomocpt") != scratch_folder(tomogram, grid)

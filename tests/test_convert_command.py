@@ -212,7 +212,12 @@ def test_what_is_missing_is_asked_for_by_its_option() -> None:
 def test_a_heat_map_becomes_mrc(tmp_path: Path) -> None:
     centres = np.array([[8.0, 10.0, 9.0], [20.0, 30.0, 33.0]])
     write_mrc("TS.mrc", blobs((30, 50, 44), centres), 10.0)
-    picks = pick(open_tomogram("TS.mrc"), BlobPicker(), PickOptions(diameter=160), keep_heatmap="map.zarr")
+    picks = pick(
+        open_tomogram("TS.mrc"),
+        BlobPicker(),
+        PickOptions(diameter=160, contrast="dark"),
+        keep_heatmap="map.zarr",
+    )
     assert len(picks) == 2
     assert "heat map of TS -> own.mrc" in run("map.zarr", "own.mrc").output
     run("map.zarr", "like.mrc", "--like", "TS.mrc")

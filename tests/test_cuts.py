@@ -52,7 +52,7 @@ def _contents(heatmap: Heatmap) -> dict[str, bytes]:
 
 
 def _options(stitch: Any) -> PickOptions:
-    return PickOptions(60.0, stitch=stitch, batch_size=3)
+    return PickOptions(60.0, stitch=stitch, batch_size=3, contrast="dark")
 
 
 @pytest.mark.parametrize("stitch", ["crop", "hann"])

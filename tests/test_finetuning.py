@@ -79,7 +79,7 @@ def test_fine_tuning_learns_a_phantom(tmp_path: Path, caplog: pytest.LogCaptureF
 
     def f1(picker: Picker) -> float:
         assert not isinstance(item.tomogram, str)
-        found = pick(item.tomogram, picker, PickOptions(diameter=100.0, threshold=0.3))  # type: ignore[arg-type]
+        found = pick(item.tomogram, picker, PickOptions(diameter=100.0, threshold=0.3, contrast="dark"))  # type: ignore[arg-type]
         assert isinstance(item.picks, Picks)
         return match(found, item.picks, tolerance=50.0).f1
 

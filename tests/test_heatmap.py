@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 peak_local_max: Any = _untyped_peaks
 
-OPTIONS = PickOptions(diameter=60.0, stitch="crop", batch_size=3)
+OPTIONS = PickOptions(diameter=60.0, stitch="crop", batch_size=3, contrast="dark")
 
 
 def _volume(
@@ -112,13 +112,17 @@ def test_identity_returns_the_normalised_volume(shape: Any, voxel_size: float) -
     assert cropped.array.shape == volume.shape
     assert _scores(cropped).tobytes() == _normalised(volume).tobytes()
     for stitch in ("hann", "gaussian"):
-        blended = _predict(volume, Identity(), PickOptions(60.0, stitch=stitch, batch_size=3))
+        blended = _predict(
+            volume, Identity(), PickOptions(60.0, stitch=stitch, batch_size=3, contrast="dark")
+        )
         np.testing.assert_allclose(_scores(blended), _normalised(volume), atol=2e-6)
 
 
 def test_identity_of_the_default_window() -> None:
     volume = _volume((70, 90, 100))
-    heatmap = _predict(volume, Identity(Window()), PickOptions(60.0, stitch="hann"), chunk=None)
+    heatmap = _predict(
+        volume, Identity(Window()), PickOptions(60.0, stitch="hann", contrast="dark"), chunk=None
+    )
     np.testing.assert_allclose(_scores(heatmap), _normalised(volume), atol=2e-6)
     assert heatmap.array.chunks == (96, 96, 96)
 
@@ -126,7 +130,7 @@ def test_identity_of_the_default_window() -> None:
 @pytest.mark.parametrize("stitch", ["crop", "hann", "gaussian"])
 def test_the_map_is_the_one_of_the_whole_volume(stitch: Any) -> None:
     volume = _volume((37, 45, 52))
-    options = PickOptions(60.0, stitch=stitch, batch_size=3)
+    options = PickOptions(60.0, stitch=stitch, batch_size=3, contrast="dark")
     heatmap = _predict(volume, PlaceDependent(), options)
     np.testing.assert_allclose(_scores(heatmap), _dense(volume, PlaceDependent(), options), atol=1e-5)
 
@@ -160,7 +164,7 @@ def test_the_answer_does_not_depend_on_the_cut(
     assume(np.prod(shape) > 200)  # a few voxels are constant or nearly so: an error of their own
     assume(np.prod(shape) < 200 * chunk**3)  # not hundreds of chunks
     volume = _volume(shape, seed=seed)
-    options = PickOptions(60.0, stitch=stitch, batch_size=3, threshold=0.5, tta=tta)
+    options = PickOptions(60.0, stitch=stitch, batch_size=3, threshold=0.5, tta=tta, contrast="dark")
     picker = PlaceDependent()
     whole = _predict(volume, picker, options, memory=10**12, chunk=24)
     memory = budget(shape, SMALL, share, stitch=stitch, chunk=chunk, batch_size=3, tta=tta)
@@ -224,7 +228,11 @@ def test_peaks_of_a_map_are_skimages(levels: int, stitch: Any) -> None:
     volume = _volume(None, array=array)
     tight = budget((20, 28, 36), SMALL, 0.0, stitch=stitch, chunk=12, batch_size=3)
     heatmap = _predict(
-        volume, Identity(), PickOptions(60.0, stitch=stitch, batch_size=3), memory=tight, chunk=12
+        volume,
+        Identity(),
+        PickOptions(60.0, stitch=stitch, batch_size=3, contrast="dark"),
+        memory=tight,
+        chunk=12,
     )
     whole = _scores(heatmap)
     for norm in (1.0, 2.0, np.inf):
@@ -294,6 +302,10 @@ def test_scores_that_are_no_numbers_are_an_error() -> None:
         _predict(_volume((40, 40, 40)), Short())
 
 
+def test_the_contrast_is_found_where_nobody_says_it() -> None:
+    assert PickOptions(60.0).contrast == "auto"
+
+
 def test_negated_tomogram_with_the_other_contrast_gives_the_same_picks() -> None:
     array = np.random.default_rng(3).normal(size=(40, 50, 60)).astype(np.float32)
     for voxel_size in (10.0, 14.5):
@@ -321,7 +333,7 @@ def test_a_pickers_own_contrast_decides_the_sign() -> None:
 
 def test_tta_is_the_mean_over_three_flips() -> None:
     volume = _volume((30, 33, 36))
-    options = PickOptions(60.0, stitch="crop", batch_size=3, tta=True)
+    options = PickOptions(60.0, stitch="crop", batch_size=3, tta=True, contrast="dark")
     views = []
     for axis in (None, 0, 1, 2):
 
@@ -351,7 +363,7 @@ def test_a_picker_may_write_to_its_batch() -> None:
 
     volume = _volume((20, 33, 36))
     for tta in (False, True):
-        options = PickOptions(60.0, stitch="crop", batch_size=3, tta=tta)
+        options = PickOptions(60.0, stitch="crop", batch_size=3, tta=tta, contrast="dark")
         maps = [_scores(_predict(volume, picker, options)) for picker in (PlaceDependent(), Careless())]
         np.testing.assert_array_equal(*maps)
 
@@ -365,8 +377,10 @@ def test_windows_without_mask_are_not_scored_and_candidates_outside_are_dropped(
     mask = np.zeros(shape, dtype=np.uint8)
     mask[10:25, 5:20, 30:45] = 1
     free, masked = Identity(), Identity()
-    whole = _predict(volume, free, PickOptions(60.0, stitch="hann", batch_size=1))
-    heatmap = _predict(volume, masked, PickOptions(60.0, stitch="hann", batch_size=1), mask=mask)
+    whole = _predict(volume, free, PickOptions(60.0, stitch="hann", batch_size=1, contrast="dark"))
+    heatmap = _predict(
+        volume, masked, PickOptions(60.0, stitch="hann", batch_size=1, contrast="dark"), mask=mask
+    )
     lattice = [
         index
         for index in np.ndindex(*SMALL.lattice(shape))
@@ -406,7 +420,7 @@ def test_the_masked_map_does_not_depend_on_the_cut() -> None:
     mask = np.random.default_rng(0).random((20, 25, 30)) > 0.9995
     mask[3, 4, 5] = True
     for stitch in ("crop", "hann"):
-        options = PickOptions(60.0, stitch=stitch, batch_size=3)
+        options = PickOptions(60.0, stitch=stitch, batch_size=3, contrast="dark")
         whole = _predict(volume, PlaceDependent(), options, mask=mask, memory=10**12)
         tight = budget(shape, SMALL, 0.0, stitch=stitch, chunk=10, batch_size=3)
         parts = _predict(volume, PlaceDependent(), options, mask=mask, memory=tight, chunk=10)
@@ -461,7 +475,7 @@ def test_an_empty_mask_says_so_and_a_flood_is_not_seen_outside_it() -> None:
     assert len(find_peaks(empty, threshold=-1.0, min_distance=2)) == 0
     corner = np.zeros((40, 40, 40))
     corner[:3, :3, :3] = 1
-    below = PickOptions(60.0, stitch="crop", batch_size=3, threshold=-0.5)
+    below = PickOptions(60.0, stitch="crop", batch_size=3, threshold=-0.5, contrast="dark")
     heatmap = _predict(volume, Identity(), below, mask=corner, chunk=6)
     assert heatmap.finished["candidates"] <= 27
     picks = find_peaks(heatmap, threshold=-0.5, min_distance=1, refine=False)
@@ -473,7 +487,7 @@ def test_memory_of_a_fine_mask_is_in_the_projection() -> None:
     volume = _volume(shape, voxel_size=25.0)
     mask = np.zeros(shape, dtype=np.uint8)
     mask[:, 50:250, 50:250] = 1
-    options = PickOptions(500.0, stitch="hann", batch_size=1)
+    options = PickOptions(500.0, stitch="hann", batch_size=1, contrast="dark")
     plan = plan_blocks(volume.shape, SMALL, stitch="hann", batch_size=1, chunk=20)
     tracemalloc.start()
     predict(volume, Identity(), plan, store=MemoryStore(), options=options, mask=mask)
@@ -488,7 +502,7 @@ def test_windows_of_constant_fill_are_not_scored() -> None:
     volume = _volume(None, array=array)
     assert volume.fill is not None
     picker = Identity()
-    heatmap = _predict(volume, picker, PickOptions(60.0, stitch="hann", batch_size=1))
+    heatmap = _predict(volume, picker, PickOptions(60.0, stitch="hann", batch_size=1, contrast="dark"))
     columns = [k for k in range(SMALL.lattice((40, 60, 60))[2]) if SMALL.span(2, k)[0] < 30]
     assert picker.batches == len(columns) * 4 * 6
     assert (_scores(heatmap)[:, :, SMALL.span(2, columns[-1])[1] :] == 0).all()
@@ -519,7 +533,7 @@ def _files(folder: Path) -> dict[str, bytes]:
 def test_a_stopped_prediction_goes_on_under_another_budget(tmp_path: Path, stitch: Any, share: float) -> None:
     shape = (60, 50, 60)
     volume = _volume(shape)
-    options = PickOptions(60.0, stitch=stitch, batch_size=3)
+    options = PickOptions(60.0, stitch=stitch, batch_size=3, contrast="dark")
     reference, full = PlaceDependent(), PlaceDependent()
     whole = _predict(volume, reference, options, chunk=12, memory=10**12)
     tight = budget(shape, SMALL, 0.0, stitch=stitch, chunk=12, batch_size=3)
@@ -588,7 +602,7 @@ def test_a_finished_map_is_returned_at_once_and_other_options_are_refused(tmp_pa
     second = _predict(volume, again, store=tmp_path / "m", memory=10**12)
     assert again.batches == 0
     assert _scores(second).tobytes() == _scores(first).tobytes()
-    hann = PickOptions(60.0, stitch="hann", batch_size=3)
+    hann = PickOptions(60.0, stitch="hann", batch_size=3, contrast="dark")
     with pytest.raises(CheckpointError, match="another stitch"):
         _predict(volume, Identity(), hann, store=tmp_path / "m")
     with pytest.raises(CheckpointError, match="another picker"):
@@ -655,7 +669,7 @@ def test_a_lower_threshold_reads_the_map_again_and_scores_nothing(tmp_path: Path
     volume = _volume((30, 30, 30))
     _predict(volume, Lowered(), store=tmp_path / "m")
     again = Lowered()
-    low = PickOptions(60.0, stitch="crop", batch_size=3, threshold=-0.5)
+    low = PickOptions(60.0, stitch="crop", batch_size=3, threshold=-0.5, contrast="dark")
     heatmap = _predict(volume, again, low, store=tmp_path / "m")
     assert again.batches == 0
     picks = find_peaks(heatmap, threshold=-0.5, min_distance=2, refine=False)
@@ -713,7 +727,13 @@ def test_plan_and_options_must_agree() -> None:
     volume = _volume((30, 30, 30))
     plan = plan_blocks((30, 30, 30), SMALL, stitch="crop", batch_size=4)
     with pytest.raises(PlanError, match="stitch crop against hann"):
-        predict(volume, Identity(), plan, store=MemoryStore(), options=PickOptions(60.0, stitch="hann"))
+        predict(
+            volume,
+            Identity(),
+            plan,
+            store=MemoryStore(),
+            options=PickOptions(60.0, stitch="hann", contrast="dark"),
+        )
     with pytest.raises(PlanError, match="batch_size 4 against 3"):
         predict(volume, Identity(), plan, store=MemoryStore(), options=OPTIONS)
     with pytest.raises(PlanError, match="shape"):
@@ -726,7 +746,7 @@ def test_plan_and_options_must_agree() -> None:
             Identity(),
             plan,
             store=MemoryStore(),
-            options=PickOptions(60.0, stitch="crop"),
+            options=PickOptions(60.0, stitch="crop", contrast="dark"),
             client=object(),
         )
 
@@ -779,7 +799,7 @@ def test_seams_without_a_score_above_the_floor_are_not_read(monkeypatch: pytest.
     settled = heatmap_module._settle_seam
     monkeypatch.setattr(heatmap_module, "_settle_seam", settle)
     least = budget(shape, SMALL, 0.0, stitch="crop", batch_size=3, chunk=24)
-    options = PickOptions(60.0, stitch="crop", batch_size=3)
+    options = PickOptions(60.0, stitch="crop", batch_size=3, contrast="dark")
     heatmap = _predict(volume, Identity(), options, memory=least)
     assert max(start for _, _, (start, _) in searched) < 72  # nothing of the last chunks along x
     assert min(stop for _, _, (_, stop) in searched) <= 24

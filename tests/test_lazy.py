@@ -47,8 +47,8 @@ if TYPE_CHECKING:
 # Chunks of 100 voxels: two along z and x. The particle is 60 Å, 6 voxels of 10 Å, as the pickers want it.
 SHAPE = (104, 20, 112)
 CHUNKS = ((100, 4), (20,), (100, 12))
-OPTIONS = PickOptions(60.0, batch_size=3)
-CROP = PickOptions(60.0, batch_size=3, stitch="crop")
+OPTIONS = PickOptions(60.0, batch_size=3, contrast="dark")
+CROP = PickOptions(60.0, batch_size=3, stitch="crop", contrast="dark")
 NOISE = np.random.default_rng(0).normal(size=SHAPE).astype(np.float32)
 
 
@@ -80,7 +80,7 @@ def compute(*arrays: Any, **how: Any) -> list[Floats]:
     [
         (OPTIONS, 10.0),
         (PickOptions(60.0, stitch="crop", batch_size=4, contrast="bright"), 8.0),
-        (PickOptions(60.0, stitch="gaussian", batch_size=2, tta=True), 10.0),
+        (PickOptions(60.0, stitch="gaussian", batch_size=2, tta=True, contrast="dark"), 10.0),
     ],
     ids=["hann", "crop bright resampled", "gaussian tta"],
 )
@@ -312,7 +312,7 @@ def test_equal_maps_share_a_name_and_others_do_not(tmp_path: Path) -> None:
         name(options=replace(OPTIONS, stitch="crop")),
         name(options=replace(OPTIONS, tta=True)),
         name(options=replace(OPTIONS, batch_size=4)),
-        name(options=PickOptions(50.0, batch_size=3)),
+        name(options=PickOptions(50.0, batch_size=3, contrast="dark")),
     ]
     assert len(set(names)) == len(names)
     # neither a threshold nor how picks are spaced changes a score

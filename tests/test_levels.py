@@ -65,20 +65,20 @@ def test_a_tomogram_of_one_level_stays_what_it_is() -> None:
 
 def test_picks_of_a_coarser_level_are_in_voxels_of_level_0(folder: Path) -> None:
     # The picker wants voxels of 10 Å: level 1 has them already.
-    options = PickOptions(80.0, level="coarsest")
+    options = PickOptions(80.0, level="coarsest", contrast="dark")
     found = pick(open_tomogram(folder), NamedBlobPicker(), options)
     assert found.voxel_size == 5.0
     assert found.shape == SHAPE
     nearest = np.abs(found.zyx[:, None] - CENTRES[None]).max(axis=2).min(axis=0)
     assert len(found) == len(CENTRES)
     assert nearest.max() < 0.5
-    fine = pick(open_tomogram(folder), NamedBlobPicker(), PickOptions(80.0))
+    fine = pick(open_tomogram(folder), NamedBlobPicker(), PickOptions(80.0, contrast="dark"))
     order = np.argsort(fine.zyx[:, 0])
     np.testing.assert_allclose(found.zyx[np.argsort(found.zyx[:, 0])], fine.zyx[order], atol=0.5)
 
 
 def test_the_lazy_map_is_of_the_same_level(folder: Path, tmp_path: Path) -> None:
-    options = PickOptions(80.0, level="coarsest")
+    options = PickOptions(80.0, level="coarsest", contrast="dark")
     pick(open_tomogram(folder), NamedBlobPicker(), options, keep_heatmap=tmp_path / "map")
     lazy = heatmap_lazy(open_tomogram(folder), NamedBlobPicker(), options)
     np.testing.assert_array_equal(lazy.compute(), open_heatmap(tmp_path / "map").array[:])
@@ -87,7 +87,7 @@ def test_the_lazy_map_is_of_the_same_level(folder: Path, tmp_path: Path) -> None
 def test_only_the_coarser_level_is_fetched(folder: Path, s3: S3, way: Way) -> None:
     s3.bucket.put_folder(folder, "levels.zarr")
     tomogram = open_tomogram(s3.address("levels.zarr"), storage_options=s3.options())
-    pick(tomogram, NamedBlobPicker(), PickOptions(80.0, level="coarsest"))
+    pick(tomogram, NamedBlobPicker(), PickOptions(80.0, level="coarsest", contrast="dark"))
     assert {one.path.split("/")[3] for one in way.data()} == {"1"}
     assert way.bytes == sum(
         path.stat().st_size for path in (folder / "1").rglob("*") if path.name[0].isdigit() and path.is_file()
@@ -96,4 +96,4 @@ def test_only_the_coarser_level_is_fetched(folder: Path, s3: S3, way: Way) -> No
 
 def test_other_words_for_a_level_are_refused() -> None:
     with pytest.raises(PlanError, match="level 'finest'; expected one of given, coarsest"):
-        PickOptions(80.0, level="finest")  # type: ignore[arg-type]
+        PickOptions(80.0, level="finest", contrast="dark")  # type: ignore[arg-type]

@@ -76,6 +76,22 @@ def test_the_module_is_the_command() -> None:
     assert all(name in done.stdout for name in main.commands)
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_contrast_is_found_and_said(sign: int) -> None:
+    mrc("TS_01.mrc", sign * blobs(SHAPE, CENTRES))
+    shown = run(*PICK, "TS_01.mrc", "--no-picture")
+    assert "protein looks dark or bright: 16 windows more, at both signs, tell" in shown.stdout
+    assert f"TS_01: protein looks {'dark' if sign > 0 else 'bright'}: " in shown.stderr
+    assert len(read_picks("picks/TS_01.star")["TS_01"]) == len(CENTRES)
+
+
+def test_inspect_counts_the_windows_that_tell_the_contrast() -> None:
+    mrc("TS_01.mrc")
+    words = ["inspect", "TS_01.mrc", "--diameter", "80", "--no-picture"]
+    assert "16 windows more, at both signs" in run(*words).stdout
+    assert "protein looks bright\n" in run(*words, "--contrast", "bright").stdout
+
+
 def test_pick_writes_a_star_and_a_picture() -> None:
     mrc("in/TS_01.mrc")
     shown = run(*PICK, "in/TS_01.mrc").output

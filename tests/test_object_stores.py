@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 SHAPE, CHUNK = (40, 70, 75), 32
 VOXELS = np.random.default_rng(0).normal(size=SHAPE).astype(np.float32)
-OPTIONS = PickOptions(60.0, threshold=0.5, min_distance=40.0, stitch="hann", batch_size=3)
+OPTIONS = PickOptions(60.0, threshold=0.5, min_distance=40.0, stitch="hann", batch_size=3, contrast="dark")
 CORNER = (slice(0, 32), slice(0, 32), slice(0, 32))
 ALL = (slice(0, SHAPE[0]), slice(0, SHAPE[1]), slice(0, SHAPE[2]))
 

@@ -27,7 +27,7 @@ from tomocpt_stream.volume import open_volume
 SHAPE = (30, 50, 44)
 CENTRES = np.array([[8.0, 10.3, 9.0], [20.6, 12.0, 33.2], [15.0, 36.4, 20.5], [22.0, 40.0, 38.0]])
 # 8 voxels of 10 Å: the picker's own scale, so that the source grid is the working grid
-OPTIONS = PickOptions(diameter=80, batch_size=2)
+OPTIONS = PickOptions(diameter=80, batch_size=2, contrast="dark")
 
 
 def tomogram(array: npt.NDArray[np.float32] | None = None, **settings: Any) -> Tomogram:
@@ -52,7 +52,9 @@ def test_blobs_are_found_where_they_are() -> None:
 def test_picks_of_another_working_voxel_size_are_in_source_voxels(scale: float) -> None:
     # blobs as wide as the filter expects once the particle has been brought to its scale
     wide = blobs((36, 60, 64), CENTRES * 1.2, width=2.0 * scale)
-    picks = pick(tomogram(wide), BlobPicker(), PickOptions(diameter=80 * scale, threshold=0.4))
+    picks = pick(
+        tomogram(wide), BlobPicker(), PickOptions(diameter=80 * scale, threshold=0.4, contrast="dark")
+    )
     assert len(picks) == len(CENTRES)
     assert nearest(picks.zyx, CENTRES * 1.2).max() < 0.4
 
@@ -89,7 +91,9 @@ def test_no_pick_within_the_margin_of_a_face() -> None:
     margins = (0.0, 60.0, 84.0, 86.0, 130.0)
     counts = []
     for margin in margins:
-        kept = pick(source, BlobPicker(), PickOptions(diameter=80, batch_size=2, margin=margin))
+        kept = pick(
+            source, BlobPicker(), PickOptions(diameter=80, batch_size=2, margin=margin, contrast="dark")
+        )
         away = np.minimum(picks.zyx + 0.5, np.array(SHAPE) - 0.5 - picks.zyx).min(axis=1) * 10
         assert same(kept, picks.take(away >= margin))
         counts.append(len(kept))
@@ -104,7 +108,7 @@ def test_a_pick_at_exactly_the_margin_is_kept() -> None:
 def test_the_source_grid_is_kept_within_five_percent() -> None:
     source, picker = tomogram(), BlobPicker()
     for diameter, voxel_size in ((76, 10.0), (80, 10.0), (84, 10.0), (75, 9.375), (85, 10.625), (160, 20.0)):
-        grid, plan = plan_pick(source, picker, PickOptions(diameter=diameter))
+        grid, plan = plan_pick(source, picker, PickOptions(diameter=diameter, contrast="dark"))
         assert grid.voxel_size == voxel_size
         assert grid.is_identity == (voxel_size == 10.0)
         assert plan.shape == grid.shape
@@ -112,7 +116,7 @@ def test_the_source_grid_is_kept_within_five_percent() -> None:
 
 def test_the_plan_follows_options_and_picker() -> None:
     picker = BlobPicker()
-    options = PickOptions(diameter=80, stitch="crop", tta=True, batch_size=3)
+    options = PickOptions(diameter=80, stitch="crop", tta=True, batch_size=3, contrast="dark")
     _, plan = plan_pick(tomogram(), picker, options)
     assert (plan.window, plan.stitch, plan.tta, plan.batch_size) == (picker.window, "crop", True, 3)
     heavy = BlobPicker()
@@ -148,11 +152,11 @@ def test_the_budget_does_not_change_the_picks() -> None:
 
 
 def test_the_default_spacing_is_three_quarters_of_the_diameter() -> None:
-    assert min_distance(PickOptions(diameter=80)) == 60
-    assert min_distance(PickOptions(diameter=80, min_distance=0)) == 0
+    assert min_distance(PickOptions(diameter=80, contrast="dark")) == 60
+    assert min_distance(PickOptions(diameter=80, min_distance=0, contrast="dark")) == 0
     pair = tomogram(blobs(SHAPE, [[15, 20, 20], [15, 20, 27]]))
-    assert len(pick(pair, BlobPicker(), PickOptions(diameter=80, min_distance=60))) == 2
-    assert len(pick(pair, BlobPicker(), PickOptions(diameter=80, min_distance=80))) == 1
+    assert len(pick(pair, BlobPicker(), PickOptions(diameter=80, min_distance=60, contrast="dark"))) == 2
+    assert len(pick(pair, BlobPicker(), PickOptions(diameter=80, min_distance=80, contrast="dark"))) == 1
 
 
 @pytest.mark.parametrize("diameter", [82.0, 87.0, 164.0, 290.0])
@@ -160,7 +164,7 @@ def test_a_pick_at_exactly_the_spacing_is_kept(diameter: float) -> None:
     voxels = np.random.default_rng(0).normal(scale=0.01, size=(20, 30, 30)).astype(np.float32)
     voxels[10, 10, 5] = voxels[10, 10, 20] = 9.0  # 0.75 diameter = 15 voxels apart
     picker = Identity(radius=10.0)
-    options = PickOptions(diameter, threshold=2.0, stitch="crop")
+    options = PickOptions(diameter, threshold=2.0, stitch="crop", contrast="dark")
     assert len(pick(tomogram(voxels, voxel_size=diameter / 20), picker, options)) == 2
 
 
@@ -189,7 +193,7 @@ def test_a_picker_is_fed_by_the_rule_of_its_training(tmp_path: Path) -> None:
     # The grids of both rules are the same where nothing is resampled; the percentiles are not.
     for diameter in (96, 80):
         for picker in (NamedBlobPicker(), TheirBlobPicker()):
-            options = PickOptions(diameter=diameter, batch_size=2)
+            options = PickOptions(diameter=diameter, batch_size=2, contrast="dark")
             grid, _ = plan_pick(tomogram(), picker, options)
             pick(tomogram(), picker, options, scratch=tmp_path)
             folders.append(tmp_path / scratch_folder(tomogram(), grid, rule_of(picker)))
@@ -201,13 +205,18 @@ def test_a_picker_is_fed_by_the_rule_of_its_training(tmp_path: Path) -> None:
 def test_one_scratch_serves_other_options_and_thresholds(tmp_path: Path) -> None:
     pick(tomogram(), NamedBlobPicker(), OPTIONS, scratch=tmp_path)
     other = NamedBlobPicker()
-    strict = pick(tomogram(), other, PickOptions(diameter=80, batch_size=2, threshold=0.5), scratch=tmp_path)
+    strict = pick(
+        tomogram(),
+        other,
+        PickOptions(diameter=80, batch_size=2, threshold=0.5, contrast="dark"),
+        scratch=tmp_path,
+    )
     assert other.batches == 0
     assert len(strict)
-    crop = PickOptions(diameter=80, batch_size=2, stitch="crop")
+    crop = PickOptions(diameter=80, batch_size=2, stitch="crop", contrast="dark")
     assert len(pick(tomogram(), other, crop, scratch=tmp_path)) == len(CENTRES)
     assert other.batches > 0
-    low = PickOptions(diameter=80, batch_size=2, threshold=0.01)
+    low = PickOptions(diameter=80, batch_size=2, threshold=0.01, contrast="dark")
     assert len(pick(tomogram(), other, low, scratch=tmp_path)) >= len(CENTRES)
 
 
@@ -319,4 +328,4 @@ def test_a_plan_keeps_to_the_memory_limit_of_the_workers() -> None:
 def test_a_particle_smaller_than_a_voxel_is_refused() -> None:
     tomogram = open_tomogram(np.zeros((64, 64, 64), np.float32), voxel_size=10.0)
     with pytest.raises(PlanError, match=r"a particle of 1e-30 Å in voxels of 10 Å"):
-        pick(tomogram, BlobPicker(), PickOptions(1e-30))
+        pick(tomogram, BlobPicker(), PickOptions(1e-30, contrast="dark"))

@@ -138,7 +138,7 @@ def test_a_dataset_is_picked_from_the_bucket(
     line = r"fetched \S+ MB in \d+ requests, 1\.0\d times the \S+ MB stored"
     assert len(re.findall(line, shown.stdout)) == 2
     for name, folder in folders.items():
-        ours = pick(open_tomogram(folder), NamedBlobPicker(), PickOptions(80.0))
+        ours = pick(open_tomogram(folder), NamedBlobPicker(), PickOptions(80.0, contrast="dark"))
         theirs = read_picks(output / f"{name}.star")[name]
         assert len(ours) == len(CENTRES)
         np.testing.assert_allclose(theirs.zyx, ours.zyx, atol=1e-5)

@@ -299,7 +299,7 @@ def test_the_command_starts_workers_and_ends_them(tmp_path: Path) -> None:
     noise = np.random.default_rng(0).normal(size=(16, 48, 48)).astype(np.float32)
     write_mrc(Path("good.mrc"), noise, 10.0)
     write_mrc(Path("flat.mrc"), np.zeros_like(noise), 10.0)
-    words = "flat.mrc good.mrc --diameter 200 --workers 1 --no-picture --batch-size 1"
+    words = "flat.mrc good.mrc --diameter 200 --contrast dark --workers 1 --no-picture --batch-size 1"
     done = subprocess.run(
         [sys.executable, "-m", "tomocpt_stream", "pick", *words.split()],
         capture_output=True,

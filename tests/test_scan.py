@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.timeout(60)  # a turn that is never given back
 
 SHAPE = (30, 26, 28)
-OPTIONS = PickOptions(60.0, stitch="crop", batch_size=3)
+OPTIONS = PickOptions(60.0, stitch="crop", batch_size=3, contrast="dark")
 PLAN = plans(SHAPE, SMALL, stitch="crop", batch_size=3, chunk=16)["bricks"]
 
 

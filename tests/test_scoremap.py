@@ -46,7 +46,7 @@ def claim(store: Store, volume: Volume, floor: float, **config: Any) -> dict[str
 
 
 def score(store: Store, volume: Volume, threshold: float, *, tasks: bool = False) -> Heatmap:
-    options = PickOptions(60.0, stitch="crop", batch_size=3, threshold=threshold)
+    options = PickOptions(60.0, stitch="crop", batch_size=3, threshold=threshold, contrast="dark")
     cut: dict[str, Any] = {"stitch": "crop", "batch_size": 3, "chunk": 24}
     memory = budget(volume.shape, SMALL, 0, **cut) if tasks else None
     plan = plan_blocks(volume.shape, SMALL, memory=memory, **cut)

@@ -41,7 +41,7 @@ SHAPE = (20, 40, 44)
 VOXELS = np.random.default_rng(0).normal(size=SHAPE).astype(np.float32)
 MASK = np.zeros(SHAPE, np.float32)
 MASK[:, 10:36, :30] = 1
-OPTIONS = PickOptions(60.0, threshold=0.5, min_distance=20.0, stitch="crop", batch_size=3)
+OPTIONS = PickOptions(60.0, threshold=0.5, min_distance=20.0, stitch="crop", batch_size=3, contrast="dark")
 SECRET = "hush-hush-hush"
 LAB, OTHER = ({"key": name, "secret": SECRET} for name in ("LABKEY", "OTHERKEY"))
 

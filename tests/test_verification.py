@@ -44,7 +44,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a volume `v` of 2 x 1 x 2 chunks and its map `m` of 3 x 2 x 3; not to be changed."""
     folder = tmp_path_factory.mktemp("made")
     volume = ingest(source(), folder / "v", voxel_size=10.0)
-    options = PickOptions(60.0, stitch="crop", batch_size=3)
+    options = PickOptions(60.0, stitch="crop", batch_size=3, contrast="dark")
     cut: dict[str, Any] = {"stitch": "crop", "batch_size": 3, "chunk": 30}
     plan = plan_blocks(volume.shape, SMALL, memory=budget(volume.shape, SMALL, 0, **cut), **cut)
     assert len(plan.tasks) > 1  # so that there are seams

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 SHAPE = (60, 90, 90)
-OPTIONS = PickOptions(diameter=60.0, stitch="crop", batch_size=4)
+OPTIONS = PickOptions(diameter=60.0, stitch="crop", batch_size=4, contrast="dark")
 # Each mark is seen by one window only: the bright one in the last row of the fifth of nine columns, the
 # dark one in the first row of the sixth.
 BRIGHT_MARK, DARK_MARK = (55, 45, 45), (5, 45, 75)

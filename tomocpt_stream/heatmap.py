@@ -107,7 +107,7 @@ class PickOptions:
     diameter: float
     threshold: float = 0.3
     min_distance: float | None = None
-    contrast: Contrast = "dark"
+    contrast: Contrast = "auto"
     stitch: Stitch = "hann"
     tta: bool = False
     batch_size: int = 4

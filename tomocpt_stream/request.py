@@ -73,7 +73,7 @@ def contrast_option(command: Callable[..., Any]) -> Callable[..., Any]:
     return click.option(
         "--contrast",
         type=click.Choice(["auto", "dark", "bright"]),
-        default="dark",
+        default="auto",
         help="How protein looks. auto: a few windows are scored both ways, the one with more to pick is it.",
     )(command)
 
@@ -126,7 +126,7 @@ class PickRequest:
     batch_size: int
     memory: str | None
     device: str
-    contrast: Contrast = "dark"
+    contrast: Contrast = "auto"
     threshold: float = 0.3
     min_distance: float | None = None
     margin: float = 0.0
