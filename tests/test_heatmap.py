@@ -224,9 +224,10 @@ def test_budgets_really_cut_differently() -> None:
 @pytest.mark.parametrize("levels", [3, 8, 256])
 @pytest.mark.parametrize("stitch", ["crop", "hann"])
 def test_peaks_of_a_map_are_skimages(levels: int, stitch: Any) -> None:
-    array = np.random.default_rng(1).integers(0, levels, size=(20, 28, 36)).astype(np.float32)
+    shape = (14, 26, 26)
+    array = np.random.default_rng(1).integers(0, levels, size=shape).astype(np.float32)
     volume = _volume(None, array=array)
-    tight = budget((20, 28, 36), SMALL, 0.0, stitch=stitch, chunk=12, batch_size=3)
+    tight = budget(shape, SMALL, 0.0, stitch=stitch, chunk=12, batch_size=3)
     heatmap = _predict(
         volume,
         Identity(),
@@ -531,7 +532,7 @@ def _files(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("stitch", ["crop", "hann"])
 @pytest.mark.parametrize("share", [0.3, 0.7])
 def test_a_stopped_prediction_goes_on_under_another_budget(tmp_path: Path, stitch: Any, share: float) -> None:
-    shape = (60, 50, 60)
+    shape = (44, 36, 48)
     volume = _volume(shape)
     options = PickOptions(60.0, stitch=stitch, batch_size=3, contrast="dark")
     reference, full = PlaceDependent(), PlaceDependent()
@@ -573,7 +574,7 @@ def test_a_killed_process_goes_on_and_ends_with_the_same_bytes(tmp_path: Path) -
         def progress(stage, done, total):
             if kill and stage == "predict" and done > total / 2:
                 os.kill(os.getpid(), signal.SIGKILL)
-        _predict(_volume((60, 50, 60)), PlaceDependent(), chunk=12, store=sys.argv[1], progress=progress)
+        _predict(_volume((44, 36, 48)), PlaceDependent(), chunk=12, store=sys.argv[1], progress=progress)
         """
     )
     root = Path(__file__).resolve().parents[1]
