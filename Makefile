@@ -10,8 +10,9 @@ PIP    := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 demo: $(READY)
 	$(BIN)/tomocpt-stream demo --output demo
 
+# Two at once, each file in one process: servers and clusters of a file are started once.
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -100,7 +100,9 @@ class Image:
         for source in sources:
             assert source in sent(), f"{source} is not sent to the engine"
             if (ROOT / source).is_dir():
-                shutil.copytree(ROOT / source, self.place / target)
+                # Other tests write caches meanwhile, which are not sent either.
+                caches = shutil.ignore_patterns("__pycache__")
+                shutil.copytree(ROOT / source, self.place / target, ignore=caches)
             else:
                 shutil.copy(ROOT / source, self.place / target)
             self.copied.add(source)
