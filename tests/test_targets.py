@@ -8,19 +8,22 @@ from hypothesis import strategies as st
 
 from tomocpt_stream.errors import FormatError
 from tomocpt_stream.picks import Picks
-from tomocpt_stream.targets import Label, paint_box, paint_targets
+from tomocpt_stream.targets import LABELS, Label, paint_box, paint_targets, squared_distances
 
 
-def _dense(centres: npt.ArrayLike, shape: tuple[int, int, int], radius: float) -> npt.NDArray[np.float64]:
-    """Equations 1 to 4 written out over every voxel."""
+def _dense(
+    centres: npt.ArrayLike, shape: tuple[int, int, int], radius: float, label: Label = "gaussian"
+) -> npt.NDArray[np.float64]:
+    """Equations 1 to 4, or the ball that the paper compares them with, written out over every voxel."""
     grid = np.stack(np.meshgrid(*[np.arange(n) for n in shape], indexing="ij"), axis=-1)
-    label = np.zeros(shape)
+    painted = np.zeros(shape)
     for centre in np.atleast_2d(np.asarray(centres)):
         r = np.linalg.norm(grid - centre, axis=-1)
         sigma_1, sigma_2 = 0.95 * radius / 3, 0.5 * radius / 3
         value = np.exp(-(r**2) / (2 * sigma_1**2)) + np.exp(-(r**2) / (2 * sigma_2**2))
-        label = np.maximum(label, np.where(r <= radius, value / 2, 0))
-    return label
+        value = np.ones(shape) if label == "binary" else value / 2
+        painted = np.maximum(painted, np.where(r <= radius, value, 0))
+    return painted
 
 
 def _picks(zyx: npt.ArrayLike) -> Picks:
@@ -28,15 +31,17 @@ def _picks(zyx: npt.ArrayLike) -> Picks:
     return Picks(points, np.ones(len(points), dtype=np.float32))
 
 
-def test_label_equals_the_equations_over_the_whole_volume() -> None:
+@pytest.mark.parametrize("label", ["gaussian", "binary"])
+def test_label_equals_the_equations_over_the_whole_volume(label: Label) -> None:
     rng = np.random.default_rng(1)
     shape = (30, 40, 35)
     # Overlapping particles, particles at and beyond the faces, any sub-voxel phase.
     centres = rng.uniform(-6, np.array(shape) + 6, size=(25, 3))
-    painted = paint_targets(_picks(centres), shape, diameter=130.0, voxel_size=10.0)
+    painted = paint_targets(_picks(centres), shape, diameter=130.0, voxel_size=10.0, label=label)
+    expected = _dense(centres, shape, 6.5, label)
     assert painted.dtype == np.float32
-    np.testing.assert_allclose(painted, _dense(centres, shape, 6.5), atol=1e-7)
-    assert np.array_equal(painted > 0, _dense(centres, shape, 6.5) > 0)
+    np.testing.assert_allclose(painted, expected, atol=1e-7)
+    assert np.array_equal(painted > 0, expected > 0)
 
 
 def test_label_is_one_at_a_centre_and_zero_beyond_the_radius() -> None:
@@ -56,6 +61,44 @@ def test_a_label_peaks_at_its_sub_voxel_centre() -> None:
     grid = np.stack(np.meshgrid(*[np.arange(25)] * 3, indexing="ij"), axis=-1)
     mean = (grid * painted[..., None]).sum(axis=(0, 1, 2)) / painted.sum()
     np.testing.assert_allclose(mean, centre, atol=0.02)
+
+
+@pytest.mark.parametrize("label", ["gaussian", "binary"])
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize("end", [-4.6, 0.0, 11.3])
+def test_a_particle_at_a_face_paints_what_it_reaches(label: Label, axis: int, end: float) -> None:
+    """The volume is a part of a larger one, whose label is painted the same way."""
+    centre = np.full(3, 6.2)
+    centre[axis] = end
+    painted = paint_targets(_picks(centre), (12, 12, 12), diameter=12, voxel_size=1, label=label)
+    larger = paint_targets(_picks(centre + 8), (28, 28, 28), diameter=12, voxel_size=1, label=label)
+    assert painted.any()
+    np.testing.assert_allclose(painted, larger[8:20, 8:20, 8:20], atol=1e-6)
+
+
+def test_overlapping_particles_are_combined_by_the_maximum() -> None:
+    """Equation 4, for both labels: neither a sum nor what was painted last."""
+    places = [[10.3, 10.1, 8.2], [10.0, 10.6, 13.9]]
+    for label in LABELS:
+        one, two, both = (
+            paint_targets(_picks(some), (20, 20, 22), diameter=14, voxel_size=1, label=label)
+            for some in (places[:1], places[1:], places)
+        )
+        assert (np.minimum(one, two) > 0).any()
+        np.testing.assert_array_equal(both, np.maximum(one, two))
+
+
+def test_squared_distances_are_those_to_the_nearest_centre() -> None:
+    rng = np.random.default_rng(3)
+    centres = rng.uniform(-4, 24, size=(6, 3))
+    grid = np.stack(np.meshgrid(*[np.arange(20.0)] * 3, indexing="ij"), axis=-1)
+    expected = np.min([((grid - centre) ** 2).sum(axis=-1) for centre in centres], axis=0)
+    found = squared_distances(centres, (slice(0, 20),) * 3, 7.5)
+    near = expected <= 7.5**2
+    np.testing.assert_allclose(found[near], expected[near], rtol=1e-6)
+    assert (found[~near] > 7.5**2).all()
+    part = squared_distances(centres, (slice(3, 9), slice(5, 20), slice(0, 4)), 7.5)
+    np.testing.assert_array_equal(part <= 7.5**2, found[3:9, 5:20, :4] <= 7.5**2)
 
 
 @settings(max_examples=40, deadline=None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -11,6 +10,8 @@ import numpy.typing as npt
 from tomocpt_stream.errors import FormatError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from tomocpt_stream.frame import Box, Shape
     from tomocpt_stream.picks import Picks
 
@@ -57,18 +58,35 @@ def paint_box(
             expected="a positive radius",
             remedy="check diameter and voxel size",
         )
-    start = np.array([side.start for side in box], dtype=np.float64)
     painted = np.zeros([side.stop - side.start for side in box], dtype=np.float32)
-    for centre in np.asarray(centres, dtype=np.float64).reshape(-1, 3) - start:
-        low = [max(0, math.ceil(c - radius)) for c in centre]
-        high = [min(n, math.floor(c + radius) + 1) for c, n in zip(centre, painted.shape, strict=True)]
-        if any(a >= b for a, b in zip(low, high, strict=True)):
-            continue
+    for cut, squared in _cubes(centres, box, radius):
+        np.maximum(painted[cut], _profile(squared, radius, label, widths), out=painted[cut])
+    return painted
+
+
+def squared_distances(centres: npt.ArrayLike, box: Box, reach: float) -> npt.NDArray[np.float32]:
+    """Return the squared distance (voxels²) of each voxel of `box` to the nearest of `centres`.
+
+    Beyond `reach` voxels it may be infinite. `centres` is (n, 3) zyx voxels of the larger volume.
+    """
+    nearest = np.full([side.stop - side.start for side in box], np.inf, dtype=np.float32)
+    for cut, squared in _cubes(centres, box, reach):
+        np.minimum(nearest[cut], squared, out=nearest[cut], casting="same_kind")
+    return nearest
+
+
+def _cubes(centres: npt.ArrayLike, box: Box, radius: float) -> Iterator[tuple[Box, npt.NDArray[np.float64]]]:
+    """Yield for each centre the voxels of `box` about its sphere, and their squared distances from it."""
+    start = np.array([side.start for side in box], dtype=np.float64)
+    shape = np.array([side.stop - side.start for side in box])
+    points = np.asarray(centres, dtype=np.float64).reshape(-1, 3) - start
+    lows = np.maximum(0, np.ceil(points - radius)).astype(np.int64)
+    highs = np.minimum(shape, np.floor(points + radius) + 1).astype(np.int64)
+    near = (lows < highs).all(axis=1)
+    for centre, low, high in zip(points[near], lows[near].tolist(), highs[near].tolist(), strict=True):
         z, y, x = (np.arange(a, b) - c for a, b, c in zip(low, high, centre, strict=True))
         squared = z[:, None, None] ** 2 + y[None, :, None] ** 2 + x[None, None, :] ** 2
-        part = painted[low[0] : high[0], low[1] : high[1], low[2] : high[2]]
-        np.maximum(part, _profile(squared, radius, label, widths), out=part)
-    return painted
+        yield (slice(low[0], high[0]), slice(low[1], high[1]), slice(low[2], high[2])), squared
 
 
 def _profile(
