@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from tomocpt_stream import curriculum
+from tomocpt_stream.augmentation import Augmentation
 from tomocpt_stream.blocks import Window
-from tomocpt_stream.crops import Augmentation, Example
+from tomocpt_stream.crops import Example
 from tomocpt_stream.curriculum import (
     Recipe,
     base_options,

@@ -6,8 +6,9 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from tomocpt_stream.augmentation import Augmentation
 from tomocpt_stream.blocks import Window
-from tomocpt_stream.crops import Augmentation, Example, Sampling, read_crop
+from tomocpt_stream.crops import Example, Sampling, changed_crop, read_crop
 from tomocpt_stream.epochs import Epochs, Part, split
 
 SAMPLING = Sampling(window=Window((64, 64, 64), (8, 8, 8)), radius=10.0)
@@ -155,3 +156,119 @@ def test_what_cannot_be_parted_is_learnt_whole(
     assert parted.training == [item]
     assert not parted.validation
     assert parted.remarks[0].startswith("validation: nothing of one")
+
+
+@dataclass(frozen=True, eq=False)
+class _Marked:
+    """A region as an array, which knows how many voxels were asked of it."""
+
+    marks: npt.NDArray[np.bool_]
+    asked: list[int]
+
+    def inside(self, spans: tuple[tuple[int, int], ...]) -> npt.NDArray[np.bool_]:
+        z, y, x = (slice(*span) for span in spans)
+        self.asked.append(self.marks[z, y, x].size)
+        return self.marks[z, y, x]
+
+
+def test_crops_are_positive_or_negative_by_what_is_known_of_them() -> None:
+    rng = np.random.default_rng(5)
+    shape = (40, 150, 120)
+    marks = np.zeros(shape, bool)
+    marks[5:30, 20:90, 40:] = True
+    marks[:, 130:, :20] = True
+    region = _Marked(marks, [])
+    item = replace(
+        _example(shape, []),
+        centres=np.array([[15.0, 18, 45], [31.5, 88.0, 119.5], [8, 60, 20], [20, 147, 2]]),
+        doubtful=rng.uniform(0, shape, (6, 3)),
+        annotated=region,
+    )
+    epochs = Epochs([item], SMALL)
+    assert sum(region.asked) <= marks.size  # each voxel is read once
+    assert max(region.asked) <= 32 * 32 * 120
+    positive, negative = (
+        {tuple(row[1:]) for row in part.tolist()} for part in (epochs.positive, epochs.negative)
+    )
+    every = Epochs([replace(item, annotated=None, doubtful=np.zeros((0, 3)))], SMALL)
+    left_out = 0
+    for _, *start in np.concatenate([every.positive, every.negative]).tolist():
+        crop = changed_crop(item, start, SMALL, rng)
+        assert crop.known is not None
+        # What lies behind a face is the same voxels again.
+        z, y, x = (slice(max(0, -at), n - at) for at, n in zip(start, shape, strict=True))
+        known, label = crop.known[z, y, x], crop.label[z, y, x]
+        if (label[known] > 0).any():
+            assert tuple(start) in positive
+        elif known.mean() >= 1 / 8:
+            assert tuple(start) in negative
+        else:
+            left_out += 1
+    assert len(positive) + len(negative) + left_out == len(every.positive) + len(every.negative)
+    assert min(len(positive), len(negative), left_out) > 2
+
+
+def test_weights_say_how_often_a_crop_is_seen() -> None:
+    one, two = (_example((40, 200, 120), [[20, 50, 60]], seed=k) for k in (0, 1))
+    epochs = Epochs([replace(one, weight=2.5), replace(two, weight=0.5)], SMALL, seed=2)
+    alone = len(Epochs([one], SMALL).positive)
+    seen = np.zeros(2)
+    for epoch in range(40):
+        order = epochs.order(epoch)
+        assert len(order) == len(epochs) == 2 * 3 * alone
+        rows = {tuple(row) for row in epochs.positive.tolist()}
+        drawn = [row for row in order.tolist() if tuple(row) in rows]
+        assert len(drawn) == 3 * alone
+        others = [tuple(row) for row in order.tolist() if tuple(row) not in rows]
+        assert len(set(others)) == len(others)
+        seen += np.bincount([row[0] for row in drawn], minlength=2)
+        counts = [drawn.count(row) for row in epochs.positive.tolist() if row[0] == 0]
+        assert set(counts) <= {2, 3}
+    np.testing.assert_allclose(seen / 40 / alone, [2.5, 0.5], atol=0.1)
+
+
+def test_half_of_the_negatives_hold_particles_of_other_kinds() -> None:
+    others = np.array([[20.0, 30, 180]])
+    item = replace(_example((40, 300, 200), [[20, 250, 60]]), others=others)
+    epochs = Epochs([item], SMALL)
+    count = len(epochs) - len(epochs.positive)
+
+    def held(order: npt.NDArray[np.int64]) -> int:
+        return sum(
+            bool(read_crop(replace(item, centres=others), row[1:], SMALL)[1].any()) for row in order.tolist()
+        )
+
+    assert [held(epochs.order(epoch)) for epoch in range(3)] == [round(count / 2)] * 3
+    none = Epochs([item], replace(SMALL, hard=0.0))
+    assert held(none.order(0)) == 0
+    every = Epochs([item], replace(SMALL, hard=1.0))
+    assert held(every.order(0)) == min(count, held(every.negative))
+
+
+def test_a_slab_takes_its_region_and_its_other_places_along() -> None:
+    centres = [[20, y, 45.25] for y in range(5, 200, 10)]
+    marks = np.random.default_rng(1).random((40, 200, 90)) > 0.5
+    item = replace(
+        _example((40, 200, 90), centres),
+        annotated=_Marked(marks, []),
+        doubtful=np.array([[10.0, 190, 10], [10, 20, 10]]),
+        others=np.array([[30.0, 185, 80]]),
+        weight=3.0,
+    )
+    part = split([item], ["one"], SMALL).validation[0]
+    assert isinstance(part.volume, Part)
+    assert part.weight == 3.0
+    first = part.volume.start
+    np.testing.assert_array_equal(part.others + first, item.others)
+    start = [0, 2, 5]
+    known = changed_crop(part, start, SMALL, np.random.default_rng(0)).known
+    whole = changed_crop(item, list(np.add(start, first)), SMALL, np.random.default_rng(0)).known
+    assert known is not None
+    np.testing.assert_array_equal(known, whole)
+
+
+def test_nothing_known_gives_no_crops() -> None:
+    item = _example((40, 100, 120), [[20, 50, 60]])
+    nothing = replace(item, annotated=_Marked(np.zeros((40, 100, 120), bool), []))
+    assert len(Epochs([nothing], SMALL)) == 0
+    assert len(Epochs([nothing, item], SMALL)) == len(Epochs([item], SMALL))

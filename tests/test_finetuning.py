@@ -10,8 +10,8 @@ import torch
 from click.testing import CliRunner
 
 from tomocpt_stream.__main__ import main
+from tomocpt_stream.augmentation import Augmentation
 from tomocpt_stream.blocks import Window
-from tomocpt_stream.crops import Augmentation
 from tomocpt_stream.errors import CheckpointError, PlanError, SourceError
 from tomocpt_stream.evaluation import match
 from tomocpt_stream.finetuning import fine_tune

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tomocpt_stream.crops import Augmentation, Example, Sampling, example, read_crop
+from tomocpt_stream.augmentation import Augmentation
+from tomocpt_stream.crops import Example, Sampling, example, read_crop
 from tomocpt_stream.errors import PlanError, SourceError
 from tomocpt_stream.evaluation import match
 from tomocpt_stream.peaks import find_peaks

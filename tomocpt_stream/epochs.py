@@ -15,12 +15,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from tomocpt_stream.crops import Batch, augment, read_crop
+from tomocpt_stream.crops import LEAST_KNOWN, changed_crop, known_voxels, stack
+from tomocpt_stream.known import PartRegion
+from tomocpt_stream.targets import paint_box
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from tomocpt_stream.crops import Example, Sampling, Voxels
+    from tomocpt_stream.crops import Batch, Example, Sampling, Voxels
     from tomocpt_stream.frame import Box, Points, Shape
 
 STRIDE = 32
@@ -35,23 +37,30 @@ class Epochs:
 
     `positive` and `negative` are (example, z, y, x) rows: whose crop it is and where it starts, working
     voxels. Crops lie at a stride of 32 voxels from a halo before one face to a halo behind the other, as
-    the windows of a prediction do. A crop is positive where a particle's sphere reaches it, the spheres of
-    particles at and behind a face included. Without a particle there are no crops.
+    the windows of a prediction do. A crop is positive where a particle's sphere reaches known voxels of it,
+    the spheres of particles at and behind a face included, and negative where none does and at least an
+    eighth of its voxels are known. Without a particle there are no crops.
+
+    A positive crop is drawn once an epoch, or as often as the weight of its example asks for; a negative
+    one at most once. Half of the negatives (`Sampling.hard`) are such as particles of other kinds reach.
     """
 
     def __init__(self, examples: Sequence[Example], sampling: Sampling, *, seed: int = 0) -> None:
         self.examples, self.sampling, self.seed = list(examples), sampling, seed
-        found: dict[bool, list[tuple[int, ...]]] = {True: [], False: []}
-        for index, item in enumerate(self.examples):
-            for start in _grid(item.volume.shape, sampling):
-                found[_reached(item, start, sampling)].append((index, *start))
-        self.positive, self.negative = (
-            np.array(found[kind], dtype=np.int64).reshape(-1, 4) for kind in (True, False)
-        )
+        rows = []
+        if any(len(item.centres) for item in self.examples):
+            rows = [_rows(index, item, sampling) for index, item in enumerate(self.examples)]
+        table = np.concatenate([np.zeros((0, 6), np.int64), *rows])
+        kind = table[:, 4]
+        self.positive, self.negative = (table[kind == sign, :4] for sign in (1, -1))
+        self._hard = table[kind == -1, 5] > 0
+        weights = np.array([item.weight for item in self.examples])
+        self._weights = tuple(weights[part[:, 0]] for part in (self.positive, self.negative))
+        self._drawn = int(max(min(1, len(self.positive)), round(self._weights[0].sum())))
         self._order: tuple[int, npt.NDArray[np.int64]] = (-1, self.positive)
 
     def __len__(self) -> int:
-        return len(self.positive) + min(len(self.positive), len(self.negative))
+        return self._drawn + min(self._drawn, len(self.negative))
 
     def steps(self, size: int) -> int:
         """Return the number of steps of one epoch in batches of `size`; the last may be smaller."""
@@ -60,22 +69,45 @@ class Epochs:
     def batch(self, size: int, step: int) -> Batch:
         """Return the crops of one step, `size` of them or, at the end of an epoch, fewer."""
         epoch, place = divmod(step, self.steps(size))
-        pairs = []
+        crops = []
         for row in range(place * size, min(len(self), (place + 1) * size)):
             index, *start = (int(number) for number in self.order(epoch)[row])
-            voxels, label = read_crop(self.examples[index], start, self.sampling)
             rng = np.random.default_rng([self.seed, epoch, row])
-            pairs.append(augment(voxels, label, self.sampling.augmentation, rng))
-        return Batch(np.stack([voxels for voxels, _ in pairs]), np.stack([label for _, label in pairs]))
+            crops.append(changed_crop(self.examples[index], start, self.sampling, rng))
+        return stack(crops)
 
     def order(self, epoch: int) -> npt.NDArray[np.int64]:
         """Return the crops of an epoch, rows as those of `positive`, in the order of its steps."""
-        if self._order[0] != epoch:
+        kept, order = self._order
+        if kept != epoch:
             rng = np.random.default_rng([self.seed, epoch])
-            count = len(self) - len(self.positive)
-            others = self.negative[rng.choice(len(self.negative), count, replace=False)]
-            self._order = (epoch, rng.permutation(np.concatenate([self.positive, others])))
-        return self._order[1]
+            order = rng.permutation(np.concatenate([self._positives(rng), self._negatives(rng)]))
+            self._order = (epoch, order)
+        return order
+
+    def _positives(self, rng: np.random.Generator) -> npt.NDArray[np.int64]:
+        """Return each positive crop as often as its weight says, a fraction of a time by chance."""
+        if not len(self.positive):
+            return self.positive
+        ends = np.cumsum(self._weights[0])
+        # One offset for all: the number of an epoch's crops stays the same.
+        passed = np.floor(ends * (self._drawn / ends[-1]) + rng.random())
+        passed[-1] = self._drawn
+        times = np.diff(passed, prepend=0).astype(np.int64)
+        rows: npt.NDArray[np.int64] = np.repeat(self.positive, times, axis=0)
+        return rows
+
+    def _negatives(self, rng: np.random.Generator) -> npt.NDArray[np.int64]:
+        """Return the negative crops of an epoch, the hard ones first up to their share."""
+        count = len(self) - self._drawn
+        # The smallest of exponential draws over the weights: a draw by weight that puts nothing back.
+        keys = rng.standard_exponential(len(self.negative)) / self._weights[1]
+        ranked = np.argsort(keys, kind="stable")
+        hard = ranked[self._hard[ranked]][: round(self.sampling.hard * count)]
+        rest = ranked[~np.isin(ranked, hard)]
+        plain_first = rest[np.argsort(self._hard[rest], kind="stable")]
+        rows: npt.NDArray[np.int64] = self.negative[np.concatenate([hard, plain_first])[:count]]
+        return rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -188,21 +220,90 @@ def _part(item: Example, axis: int, span: tuple[int, int], radius: float) -> Exa
     start[axis], shape[axis] = span[0], span[1] - span[0]
     along = item.centres[:, axis]
     centres: Points = item.centres[(along >= span[0] - radius) & (along <= span[1] - 1 + radius)]
-    part = Part(item.volume, (start[0], start[1], start[2]), (shape[0], shape[1], shape[2]))
-    return replace(item, volume=part, centres=centres - np.array(start, dtype=np.float64))
+    first = (start[0], start[1], start[2])
+    part = Part(item.volume, first, (shape[0], shape[1], shape[2]))
+    return replace(
+        item,
+        volume=part,
+        centres=centres - np.array(start, dtype=np.float64),
+        annotated=None if item.annotated is None else PartRegion(item.annotated, first),
+        doubtful=item.doubtful - np.array(start, dtype=np.float64),
+        others=item.others - np.array(start, dtype=np.float64),
+    )
 
 
-def _grid(shape: Shape, sampling: Sampling) -> Iterator[tuple[int, ...]]:
-    """Return the starts of the crops (zyx working voxels); the last along an axis is flush with the end."""
+def _grid(shape: Shape, sampling: Sampling) -> list[npt.NDArray[np.int64]]:
+    """Return the starts of the crops along each axis; the last along an axis is flush with the end."""
     axes = []
     for whole, length, halo in zip(shape, sampling.window.shape, sampling.window.halo, strict=True):
         last = max(-halo, whole + halo - length)
-        axes.append(sorted({*range(-halo, last, STRIDE), last}))
-    return itertools.product(*axes)
+        axes.append(np.array(sorted({*range(-halo, last, STRIDE), last})))
+    return axes
 
 
-def _reached(item: Example, start: Sequence[int], sampling: Sampling) -> bool:
+def _rows(index: int, item: Example, sampling: Sampling) -> npt.NDArray[np.int64]:
+    """Return the crops of an example: (example, z, y, x, kind, hard), 1 for a positive one, -1 or 0."""
+    axes = _grid(item.volume.shape, sampling)
+    starts = np.array(list(itertools.product(*axes)), dtype=np.int64)
+    if item.annotated is None and not len(item.doubtful):
+        kind = [1 if _reached(item, item.centres, start, sampling) else -1 for start in starts]
+    else:
+        labelled, known = (_sums(cells, axes, item, sampling) for cells in _counted(item, axes, sampling))
+        voxels = _sums(None, axes, item, sampling)
+        kind = np.where(labelled > 0, 1, np.where(known >= LEAST_KNOWN * voxels, -1, 0)).tolist()
+    hard = [_reached(item, item.others, start, sampling) for start in starts]
+    return np.column_stack([np.full(len(starts), index), starts, kind, hard]).astype(np.int64)
+
+
+def _reached(item: Example, places: Points, start: npt.NDArray[np.int64], sampling: Sampling) -> bool:
     low = np.maximum(start, 0)
     high = np.minimum(np.add(start, sampling.window.shape), item.volume.shape) - 1
-    away = item.centres - np.clip(item.centres, low, high)
+    away = places - np.clip(places, low, high)
     return bool(((away**2).sum(axis=1) <= sampling.radius**2).any())
+
+
+def _edges(
+    axes: list[npt.NDArray[np.int64]], item: Example, sampling: Sampling
+) -> list[npt.NDArray[np.int64]]:
+    """Return where crops begin and end inside the volume, along each axis; no crop parts a cell between."""
+    return [
+        np.unique(np.concatenate([starts, starts + length]).clip(0, whole))
+        for starts, length, whole in zip(axes, sampling.window.shape, item.volume.shape, strict=True)
+    ]
+
+
+def _counted(
+    item: Example, axes: list[npt.NDArray[np.int64]], sampling: Sampling
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Return for each cell its known voxels with a label and all its known voxels, each read once."""
+    z, y, x = _edges(axes, item, sampling)
+    labelled = np.zeros((len(z) - 1, len(y) - 1, len(x) - 1), dtype=np.int64)
+    known = np.zeros_like(labelled)
+    for k, j in np.ndindex(labelled.shape[:2]):
+        box = (slice(z[k], z[k + 1]), slice(y[j], y[j + 1]), slice(0, x[-1]))
+        inside = paint_box(item.centres, box, radius=sampling.radius, label="binary") > 0
+        marks = known_voxels(item, box, sampling.radius)
+        marks = np.ones_like(inside) if marks is None else marks
+        for table, voxels in ((known, marks), (labelled, marks & inside)):
+            table[k, j] = np.add.reduceat(voxels.sum(axis=(0, 1), dtype=np.int64), x[:-1])
+    return labelled, known
+
+
+def _sums(
+    cells: npt.NDArray[np.int64] | None,
+    axes: list[npt.NDArray[np.int64]],
+    item: Example,
+    sampling: Sampling,
+) -> npt.NDArray[np.int64]:
+    """Return the sum of the cells of each crop; without cells, its voxels inside the volume."""
+    edges = _edges(axes, item, sampling)
+    if cells is None:
+        z, y, x = (np.diff(edge) for edge in edges)
+        cells = z[:, None, None] * y[None, :, None] * x[None, None, :]
+    sums = cells
+    for axis, (starts, edge) in enumerate(zip(axes, edges, strict=True)):
+        whole, length = item.volume.shape[axis], sampling.window.shape[axis]
+        summed = np.insert(np.cumsum(sums, axis=axis), 0, 0, axis=axis)
+        low, high = (np.searchsorted(edge, at.clip(0, whole)) for at in (starts, starts + length))
+        sums = summed.take(high, axis=axis) - summed.take(low, axis=axis)
+    return sums.reshape(-1)

@@ -8,7 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tomocpt_stream.crops import Augmentation, Sampling
+from tomocpt_stream.augmentation import Augmentation
+from tomocpt_stream.crops import Sampling
 from tomocpt_stream.epochs import Epochs, Split, split
 from tomocpt_stream.errors import CheckpointError, SourceError
 from tomocpt_stream.labelled import open_labelled
