@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 
+from tests.scorers import MatchedFilter
 from tomocpt_stream.blocks import Window
 from tomocpt_stream.crops import Sampling, read_crop
 from tomocpt_stream.curation import Curated, write_curated
@@ -173,3 +175,118 @@ def test_what_a_row_names_must_be_there_and_fit(tmp_path: Path, picker: Picker) 
         assert "longest edge of 72" in refused(LabelledTomogram(tomogram, _picks(), diameter))
     again = refused(LabelledTomogram(tomogram, _picks(), 80.0, origin="row 3"))
     assert "row 3 is the tomogram of row 2 again" in again
+
+
+def test_a_table_says_what_is_annotated_partial_and_of_other_kinds(tmp_path: Path, picker: Picker) -> None:
+    _write(tmp_path)
+    mask = np.zeros((20, 32, 36), np.int8)
+    mask[:10] = 1
+    write_mrc(tmp_path / "mask.mrc", mask, 10.0)
+    known: dict[str, Any] = {"voxel_size": 5.0, "shape": (40, 64, 72), "tomogram": "TS_1"}
+    both = [_picks(particle="a", **known), _picks(CENTRES[:1] + 12, particle="b", **known)]
+    write_picks(both, tmp_path / "both.csv")
+    (tmp_path / "table.csv").write_text(
+        "tomogram,picks,diameter,particle,annotated,partial,others,weight\n"
+        "TS_1.mrc,both.csv,80,a,mask.mrc,yes,*,2.5\n"
+        'TS_1.mrc,both.csv,90,a,"0:20, :, 1:72",NO,both.csv,\n'
+        "TS_1.mrc,both.csv,100,a,0:20 0:64 1:72,,,1\n"
+    )
+    items = read_table(tmp_path / "table.csv")
+    assert [one.partial for one in items] == [True, False, False]
+    assert [one.weight for one in items] == [2.5, 1.0, 1.0]
+    assert [one.annotated for one in items] == [
+        str(tmp_path / "mask.mrc"), "0:20, :, 1:72", "0:20 0:64 1:72",
+    ]  # fmt: skip
+    assert [one.others for one in items] == ["*", str(tmp_path / "both.csv"), None]
+    opened = open_labelled(items, picker)
+    # The particles themselves, which the file of others has as well, are not among the others.
+    for one in opened[:2]:
+        np.testing.assert_allclose(one.others, CENTRES[:1] + 12, atol=1e-4)
+    assert opened[2].others.shape == (0, 3)
+    first, last = (one.ingest(tmp_path / "volumes") for one in (opened[0], opened[2]))
+    assert first.weight == 2.5
+    np.testing.assert_allclose(first.others, (CENTRES[:1] + 12.5) / 2 - 0.5, atol=1e-4)
+    for made, planes in ((first, slice(0, 9)), (last, slice(0, 8))):
+        assert made.annotated is not None
+        z, y, x = ((0, n) for n in made.volume.shape)
+        inside = made.annotated.inside((z, y, x))
+        assert inside[planes, :, 2].all()
+        assert not inside[planes.stop :].any()
+    assert len(first.certain) == 1
+
+
+def test_of_partial_picks_the_others_are_doubtful_and_the_log_says_so(
+    tmp_path: Path, picker: Picker, caplog: pytest.LogCaptureFixture
+) -> None:
+    tomogram = open_tomogram(_balls(CENTRES), voxel_size=5.0, name="TS_1")
+    items = [LabelledTomogram(tomogram, _picks(CENTRES[:1]), 80.0, partial=True)]
+    with caplog.at_level(logging.INFO, logger="tomocpt_stream"):
+        one = open_labelled(items, picker)[0].ingest(tmp_path)
+    (place,) = one.doubtful
+    np.testing.assert_allclose(place, (CENTRES[1] + 0.5) / 2 - 0.5, atol=2)
+    assert "TS_1: partial picks: 1 of" in caplog.text
+    again = open_labelled(items, picker)[0].ingest(tmp_path)
+    np.testing.assert_array_equal(again.doubtful, one.doubtful)
+    # By the map of a picker it is what that picker sees.
+    by_map = open_labelled(items, picker)[0].ingest(tmp_path, scorer=MatchedFilter(WINDOW, 4.0))
+    np.testing.assert_allclose(by_map.doubtful[0], place, atol=2)
+
+
+def test_what_crops_follow_from_is_in_the_fingerprint(tmp_path: Path, picker: Picker) -> None:
+    tomogram = open_tomogram(_write(tmp_path))
+    asked: list[dict[str, Any]] = [
+        {}, {"annotated": "0:20,0:64,0:72"}, {"annotated": "0:21,0:64,0:72"}, {"partial": True},
+        {"annotated": np.ones((40, 64, 72), np.int8)}, {"others": _picks(CENTRES + 12)},
+        {"others": _picks(CENTRES + 13)}, {"weight": 2.0},
+    ]  # fmt: skip
+    prints = []
+    for more in (*asked, *asked):
+        (one,) = open_labelled([LabelledTomogram(tomogram, _picks(), 80.0, **more)], picker)
+        prints.append(one.fingerprint)
+    assert len(set(prints)) == len(asked)
+    assert prints[: len(asked)] == prints[len(asked) :]
+
+
+@pytest.mark.parametrize(
+    ("columns", "cells", "message"),
+    [
+        ("partial", "perhaps", "row 2 of .*partial 'perhaps'"),
+        ("weight", "0", "row 2 of .*a weight of 0.0"),
+        ("weight", "nan", "row 2 of .*a weight of nan"),
+        ("weight", "1e9", "row 2 of .*a weight of 1000000000.0"),
+        ("weight", "much", "row 2 of .*could not convert"),
+        ("others", "*", r"row 2 of .*others '\*' without a file of several kinds"),
+    ],
+)
+def test_a_bad_cell_of_these_is_named(tmp_path: Path, columns: str, cells: str, message: str) -> None:
+    table = tmp_path / "table.csv"
+    table.write_text(f"tomogram,picks,diameter,{columns}\nTS_1.mrc,p.star,80,{cells}\n")
+    with pytest.raises(FormatError, match=message):
+        read_table(table)
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"annotated": "0:41,0:64,0:72"}, "row 3: the annotated box 0:41"),
+        ({"annotated": "32:40,0:64,30:72"}, "row 3: none of 2 particles in the annotated part of TS_1"),
+        ({"annotated": "absent.mrc"}, "row 3: .*absent.mrc"),
+        ({"annotated": np.ones((10, 64, 72), np.int8)}, "row 3: the mask mask of"),
+        ({"others": "absent.star"}, "row 3: .*absent.star"),
+        ({"others": Picks(CENTRES, np.ones(2, np.float32), voxel_size=2.5)}, "row 3: .*voxels of 2.5"),
+    ],
+)
+def test_regions_and_others_must_fit(
+    tmp_path: Path, picker: Picker, asked: dict[str, Any], message: str
+) -> None:
+    item = LabelledTomogram(_write(tmp_path), _picks(), 80.0, origin="row 3", **asked)
+    with pytest.raises((SourceError, FormatError), match=message):
+        open_labelled([item], picker)
+
+
+def test_others_of_a_file_without_other_kinds_are_refused(tmp_path: Path, picker: Picker) -> None:
+    known: dict[str, Any] = {"voxel_size": 5.0, "shape": (40, 64, 72), "tomogram": "TS_1"}
+    write_picks(_picks(particle="a", **known), tmp_path / "one.csv")
+    item = LabelledTomogram(_write(tmp_path), tmp_path / "one.csv", 80.0, particle="a", others="*")
+    with pytest.raises(FormatError, match=r"no other particles of 'TS_1' in .*one\.csv.*kinds 'a'"):
+        open_labelled([item], picker)

@@ -87,6 +87,11 @@ def open_region(
     return BoxRegion((sides[0], sides[1], sides[2])), _text(box)
 
 
+def is_box(text: str) -> bool:
+    """Return whether a text says a box rather than where a mask is."""
+    return _BOX.fullmatch(text) is not None
+
+
 def _as_box(annotated: Annotated, frame: Frame) -> Box | None:
     """Return a box with its ends, None where a mask is meant."""
     found = _BOX.fullmatch(annotated) if isinstance(annotated, str) else None

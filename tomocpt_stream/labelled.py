@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import logging
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from scipy.spatial import KDTree
 
 from tomocpt_stream.crops import Example, example
+from tomocpt_stream.doubt import find_doubtful
 from tomocpt_stream.errors import ActionableError, FormatError, SourceError
 from tomocpt_stream.formats import read_kinds
 from tomocpt_stream.heatmap import PickOptions
+from tomocpt_stream.known import is_box, open_region
 from tomocpt_stream.picks import Picks
 from tomocpt_stream.pipeline import VOLUME, level_for, plan_pick, scratch_folder
 from tomocpt_stream.progress import Progress, silent
@@ -27,22 +31,43 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Iterable, Iterator
 
-    from tomocpt_stream.frame import Grid
+    from tomocpt_stream.frame import Grid, Points
+    from tomocpt_stream.heatmap import Contrast, Scorer
+    from tomocpt_stream.known import Annotated, Region
     from tomocpt_stream.picker import Picker
 
 _NEEDED = ("tomogram", "picks", "diameter")
-_COLUMNS = (*_NEEDED, "contrast", "particle", "group")
+_COLUMNS = (*_NEEDED, "contrast", "particle", "group", "annotated", "partial", "others", "weight")
+# A crop that is seen more often than this in an epoch is learnt by heart.
+_MOST_WEIGHT = 100.0
+_ANSWERS = {"": False, "no": False, "yes": True}
+OTHER_KINDS = "*"
+
+_LOGGER = logging.getLogger(__name__)
+
+
+def _nowhere() -> Points:
+    return np.zeros((0, 3))
 
 
 @dataclass(frozen=True, eq=False)
 class LabelledTomogram:
-    """A tomogram with the truth of one kind of particle; every particle of that kind is in it.
+    """A tomogram with the truth of one kind of particle.
+
+    Every particle of that kind is in `picks`, or in that part of the tomogram which is `annotated`: a mask
+    (what `open_mask` takes) or a box, "z0:z1,y0:y1,x0:x1" in voxels of the file or three slices. Outside of
+    it nothing is learnt. Where the picks are true but `partial`, nothing is learnt around candidates that
+    no pick explains.
 
     `tomogram` is open, or what `open_tomogram` takes; `picks` are in its voxels, or a file of any format
     that `read_picks` knows: of several tomograms in it those of this one's name count, of several kinds
     those of `particle`. `diameter` (longest axis, Å) sets the working grid; `contrast` says how protein
     looks, "dark" or "bright". Tomograms of one `group` are all learnt from or all kept for validation;
     without one a tomogram is a group by itself. `origin` is how errors call it.
+
+    `others` are particles of other kinds, picks or a file, or "*" for the other kinds of the file `picks`:
+    half of the crops without a particle are drawn where they lie. `weight` is how often crops of this
+    tomogram are seen in an epoch, 1 when not given.
     """
 
     tomogram: Tomogram | str | Path
@@ -52,6 +77,10 @@ class LabelledTomogram:
     particle: str = ""
     group: str = ""
     origin: str = field(default="", compare=False)
+    annotated: Annotated | None = None
+    partial: bool = False
+    others: Picks | str | Path | None = None
+    weight: float = 1.0
 
     def __post_init__(self) -> None:
         """Refuse what no picker can be fed with."""
@@ -67,6 +96,18 @@ class LabelledTomogram:
                 expected="dark or bright",
                 remedy="say how protein looks in this tomogram",
             )
+        if not (math.isfinite(self.weight) and 0 < self.weight <= _MOST_WEIGHT):
+            raise SourceError(
+                f"{self}: a weight of {self.weight}",
+                expected=f"a number above 0, at most {_MOST_WEIGHT}",
+                remedy="leave a tomogram that must not count out of the table",
+            )
+        if self.others == OTHER_KINDS and (isinstance(self.picks, Picks) or not self.particle):
+            raise SourceError(
+                f"{self}: others {OTHER_KINDS!r} without a file of several kinds",
+                expected="a file of picks, and the kind of particle in it that is the target",
+                remedy="name the particle, or give the picks of the other kinds",
+            )
 
     def __str__(self) -> str:
         name = self.tomogram.name if isinstance(self.tomogram, Tomogram) else str(self.tomogram)
@@ -76,8 +117,10 @@ class LabelledTomogram:
 def read_table(path: str | os.PathLike[str]) -> list[LabelledTomogram]:
     """Return the labelled tomograms of a comma-separated table, whose first line names its columns.
 
-    Columns: tomogram, picks, diameter (Å), and where wanted contrast, particle and group, in any order.
-    Paths are relative to the folder of the table; addresses stay as they are. No file of it is opened.
+    Columns: tomogram, picks, diameter (Å), and where wanted contrast, particle, group, annotated, partial
+    (yes or no), others and weight, in any order. A box of `annotated` has its sides parted by spaces, or by
+    commas in quotes. Paths are relative to the folder of the table; addresses stay as they are. No file of
+    it is opened.
 
     Raises FormatError, which names the row (the line of the file), where a row cannot be used.
     """
@@ -108,7 +151,8 @@ def read_table(path: str | os.PathLike[str]) -> list[LabelledTomogram]:
 class Opened:
     """A labelled tomogram whose header and picks were read: no voxel yet.
 
-    `fingerprint` is that of all that its crops follow from: voxels, grid, centres, contrast.
+    `fingerprint` is that of all that its crops follow from: voxels, grid, centres, contrast, and where
+    given the annotated region, the particles of other kinds, whether picks are partial, and the weight.
     """
 
     tomogram: Tomogram
@@ -117,12 +161,46 @@ class Opened:
     negate: bool
     group: str
     fingerprint: str
+    region: Region | None = None
+    others: Points = field(default_factory=_nowhere)
+    """Voxels of the file."""
+    partial: bool = False
+    weight: float = 1.0
+    contrast: Contrast = "dark"
+    radius: float = 10.0
+    """Of the particle, working voxels."""
 
-    def ingest(self, folder: Path, *, progress: Progress = silent) -> Example:
-        """Return the example, its working volume streamed into `folder` unless it is there already."""
-        store = folder / scratch_folder(self.tomogram, self.grid) / VOLUME
-        volume = ingest(self.tomogram, store, voxel_size=self.grid.voxel_size, progress=progress)
-        return example(volume, self.picks, negate=self.negate)
+    def ingest(self, folder: Path, *, scorer: Scorer | None = None, progress: Progress = silent) -> Example:
+        """Return the example, its working volume streamed into `folder` unless it is there already.
+
+        Of partial picks the candidates that none explains are its doubtful places: those of the map of
+        `scorer`, which is kept in `folder`, or where it is None those that look like the mean particle.
+        """
+        place = folder / scratch_folder(self.tomogram, self.grid)
+        volume = ingest(self.tomogram, place / VOLUME, voxel_size=self.grid.voxel_size, progress=progress)
+        made = replace(
+            example(volume, self.picks, negate=self.negate),
+            annotated=self.region,
+            others=self._working(self.others),
+            weight=self.weight,
+        )
+        if not self.partial:
+            return made
+        doubt = find_doubtful(
+            made, volume, scorer, place, radius=self.radius, contrast=self.contrast, progress=progress
+        )
+        _LOGGER.info(
+            "%s: partial picks: %d of %d candidates score at least %.3g, as labelled particles do, and are "
+            "none of them: nothing is learnt around them",
+            self.tomogram.name,
+            len(doubt.places),
+            doubt.candidates,
+            doubt.level,
+        )
+        return replace(made, doubtful=doubt.places)
+
+    def _working(self, zyx: Points) -> Points:
+        return self.grid.to_working(self.tomogram.frame.to_source(zyx))
 
 
 def open_labelled(items: Iterable[LabelledTomogram], picker: Picker) -> list[Opened]:
@@ -165,21 +243,43 @@ def _row(path: Path, line: int, head: list[str], row: list[str]) -> LabelledTomo
             remedy="complete the row, and quote cells that have a comma",
         )
     try:
-        diameter = float(cells.pop("diameter"))
+        diameter, weight = (float(cells.get(name, 1)) for name in ("diameter", "weight"))
     except ValueError as error:
         raise FormatError(
-            f"{origin}: {error}", expected="a diameter in Å", remedy="write a plain number"
+            f"{origin}: {error}", expected="a diameter in Å, a weight", remedy="write plain numbers"
         ) from error
-    tomogram, picks = (
-        cells[name] if is_remote(cells[name]) else str(path.parent / cells[name])
-        for name in ("tomogram", "picks")
-    )
-    contrast = cells.get("contrast", "dark")
-    particle, group = cells.get("particle", ""), cells.get("group", "")
+    partial = cells.get("partial", "").lower()
+    if partial not in _ANSWERS:
+        raise FormatError(f"{origin}: partial {partial!r}", expected="yes or no", remedy="write yes or no")
+
+    places = {
+        name: cells[name] if _is_place(name, cells[name]) else str(path.parent / cells[name])
+        for name in ("tomogram", "picks", "annotated", "others")
+        if name in cells
+    }
     try:
-        return LabelledTomogram(tomogram, picks, diameter, contrast, particle, group, origin)
+        return LabelledTomogram(
+            places["tomogram"],
+            places["picks"],
+            diameter,
+            cells.get("contrast", "dark"),
+            cells.get("particle", ""),
+            cells.get("group", ""),
+            origin,
+            annotated=places.get("annotated"),
+            partial=_ANSWERS[partial],
+            others=places.get("others"),
+            weight=weight,
+        )
     except SourceError as error:
         raise FormatError(error.found, expected=error.expected, remedy=error.remedy) from error
+
+
+def _is_place(name: str, cell: str) -> bool:
+    """Return whether a cell says where something is by itself, and not as a path beside the table."""
+    return (
+        is_remote(cell) or (name == "annotated" and is_box(cell)) or (name, cell) == ("others", OTHER_KINDS)
+    )
 
 
 def _open(item: LabelledTomogram, picker: Picker) -> Opened:
@@ -203,27 +303,108 @@ def _open(item: LabelledTomogram, picker: Picker) -> Opened:
         "centres": hashlib.sha256(picks.zyx.tobytes()).hexdigest(),
         "negate": negate,
     }
+    # What is not asked for is not in the account, so that earlier runs stay what they were.
+    region = None
+    if item.annotated is not None:
+        region, made["annotated"] = open_region(item.annotated, tomogram.frame, grid)
+    others = _others(item, tomogram, picks)
+    if len(others):
+        made["others"] = hashlib.sha256(others.tobytes()).hexdigest()
+    made |= {"partial": True} if item.partial else {}
+    made |= {"weight": item.weight} if item.weight != 1 else {}
     group = item.group or f"{tomogram.name} ({config_hash(tomogram.fingerprint)[:6]})"
-    return Opened(tomogram, picks, grid, negate, group, config_hash(made))
+    opened = Opened(
+        tomogram,
+        picks,
+        grid,
+        negate,
+        group,
+        config_hash(made),
+        region,
+        others,
+        item.partial,
+        item.weight,
+        "bright" if item.contrast == "bright" else "dark",
+        picker.particle_radius,
+    )
+    _refuse_nowhere(opened)
+    return opened
+
+
+def _refuse_nowhere(opened: Opened) -> None:
+    """Refuse a region that has none of the particles: most likely it is another tomogram's."""
+    if opened.region is None or not len(opened.picks):
+        return
+    frame, shape = opened.tomogram.frame, np.array(opened.grid.shape)
+    places = opened.grid.to_working(frame.to_source(opened.picks.zyx))
+    for z, y, x in np.rint(places).astype(np.int64).clip(0, shape - 1).tolist():
+        if opened.region.inside(((z, z + 1), (y, y + 1), (x, x + 1))).any():
+            return
+    raise SourceError(
+        f"none of {len(places)} particles in the annotated part of {opened.tomogram.name}",
+        expected="a part of the tomogram in which the particles were annotated",
+        remedy="check that mask or box belong to this tomogram, and the order z, y, x",
+    )
+
+
+def _others(item: LabelledTomogram, tomogram: Tomogram, picks: Picks) -> Points:
+    """Return the particles of other kinds, voxels of the file, without those that are of this kind."""
+    if item.others is None:
+        return _nowhere()
+    if isinstance(item.others, Picks):
+        zyx = _same_voxels(item.others, tomogram).zyx
+    else:
+        every = item.others == OTHER_KINDS
+        path = item.picks if every and not isinstance(item.picks, Picks) else item.others
+        tables, names = _tables(path, tomogram)
+        zyx = np.concatenate(
+            [_nowhere(), *(one.zyx for one in tables if not every or one.particle != item.particle)]
+        )
+        if not len(zyx):
+            kinds = sorted({table.particle for table in tables})
+            raise FormatError(
+                f"no other particles of {tomogram.name!r} in {path}; "
+                f"its tomograms are {_some(names)}; kinds {_some(kinds)}",
+                expected="particles that are not of this kind, of this tomogram by its name",
+                remedy="leave others out, or correct the names",
+            )
+    if not len(picks):
+        return zyx
+    near = item.diameter / 4 / tomogram.frame.file_voxel_size
+    away, _ = KDTree(picks.zyx).query(zyx)
+    apart: Points = zyx[away > near]
+    return apart
+
+
+def _same_voxels(picks: Picks, tomogram: Tomogram) -> Picks:
+    """Return picks that are in voxels of the tomogram, or refuse them."""
+    size, voxel_size = picks.voxel_size, tomogram.frame.file_voxel_size
+    if size is not None and not math.isclose(size, voxel_size, rel_tol=1e-3):
+        raise SourceError(
+            f"picks in voxels of {size:g} Å of a tomogram with voxels of {voxel_size:g} Å",
+            expected="picks in the voxels of the tomogram",
+            remedy="read them with the tomogram's voxel_size",
+        )
+    return picks
+
+
+def _tables(
+    path: str | Path, tomogram: Tomogram, particle: str | None = None
+) -> tuple[list[Picks], list[str]]:
+    """Return the tables of a file that are of a tomogram, one a kind, and the names of all its tomograms."""
+    frame = tomogram.frame
+    tables = read_kinds(path, voxel_size=frame.file_voxel_size, shape=frame.file_shape, particle=particle)
+    # A file of one tomogram belongs to it whatever it is called there: the row says so.
+    names = sorted({table.tomogram for table in tables})
+    return [table for table in tables if len(names) == 1 or table.tomogram == tomogram.name], names
 
 
 def _truth(item: LabelledTomogram, tomogram: Tomogram) -> Picks:
     """Return the picks of an item, in voxels of the tomogram's file."""
-    frame = tomogram.frame
     if isinstance(item.picks, Picks):
-        size = item.picks.voxel_size
-        if size is not None and not math.isclose(size, frame.file_voxel_size, rel_tol=1e-3):
-            raise SourceError(
-                f"picks in voxels of {size:g} Å of a tomogram with voxels of {frame.file_voxel_size:g} Å",
-                expected="picks in the voxels of the tomogram",
-                remedy="read them with the tomogram's voxel_size",
-            )
-        return item.picks
+        return _same_voxels(item.picks, tomogram)
     wanted = item.particle or None
-    tables = read_kinds(item.picks, voxel_size=frame.file_voxel_size, shape=frame.file_shape, particle=wanted)
-    names = sorted({table.tomogram for table in tables})
-    # A file of one tomogram belongs to it whatever it is called there: the row says so.
-    found = [table for table in tables if len(names) == 1 or table.tomogram == tomogram.name]
+    found, names = _tables(item.picks, tomogram, wanted)
     if wanted is not None:
         found = [table for table in found if table.particle in (wanted, "")]
     if len(found) != 1:

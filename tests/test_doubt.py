@@ -1,0 +1,146 @@
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from scipy.spatial import KDTree
+
+from tests.scorers import MatchedFilter
+from tomocpt_stream.blocks import Window
+from tomocpt_stream.crops import Example, example
+from tomocpt_stream.doubt import MeanParticle, find_doubtful, unexplained
+from tomocpt_stream.picks import Picks
+from tomocpt_stream.tomogram import open_tomogram
+from tomocpt_stream.volume import ingest
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tomocpt_stream.frame import Points
+    from tomocpt_stream.volume import Volume
+
+SHAPE = (48, 110, 100)
+RADIUS = 5.0
+
+
+def _hollow(seed: int = 0) -> tuple[npt.NDArray[np.float32], Points]:
+    """Dark shells about bright middles in noise, which no difference of Gaussians calls dark."""
+    rng = np.random.default_rng(seed)
+    places = [(z, y, x) for z in (12, 36) for y in range(12, 110, 20) for x in range(10, 100, 20)]
+    centres = np.array(places, dtype=np.float64) + rng.uniform(-1.5, 1.5, (len(places), 3))
+    grid = np.stack(np.meshgrid(*[np.arange(n) for n in SHAPE], indexing="ij"), axis=-1)
+    away, _ = KDTree(centres).query(grid)
+    shells = np.where(away < 2.5, 0.6, np.where(away < RADIUS, -0.8, 0))
+    return (shells + 0.5 * rng.standard_normal(SHAPE)).astype(np.float32), centres
+
+
+def _half(folder: Path, sign: float = 1.0) -> tuple[Example, Volume, Points]:
+    """An example that has every other particle, and the others."""
+    voxels, centres = _hollow()
+    volume = ingest(open_tomogram(sign * voxels, voxel_size=10.0), folder / "volume.zarr", voxel_size=10.0)
+    labelled = np.arange(len(centres)) % 2 == 0
+    kept = Picks(centres[labelled], np.ones(labelled.sum(), np.float32))
+    return example(volume, kept), volume, centres[~labelled]
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_particles_that_were_left_out_are_found_by_those_that_were_not(tmp_path: Path, sign: float) -> None:
+    chosen, volume, hidden = _half(tmp_path, sign)
+    doubt = find_doubtful(chosen, volume, None, tmp_path, radius=RADIUS)
+    away, _ = KDTree(doubt.places).query(hidden)
+    assert (away < 2).mean() >= 0.9
+    # Few of them are nothing, and none is a labelled one.
+    assert (KDTree(hidden).query(doubt.places)[0] > RADIUS).sum() <= 3
+    assert (KDTree(chosen.centres).query(doubt.places)[0] > RADIUS).all()
+    assert doubt.explained >= len(chosen.centres)
+
+
+def test_the_search_is_the_same_again_and_reads_its_map(tmp_path: Path) -> None:
+    chosen, volume, _ = _half(tmp_path)
+    scorer = MatchedFilter(Window((48, 48, 48), (12, 12, 12)), RADIUS)
+    first = find_doubtful(chosen, volume, scorer, tmp_path, radius=RADIUS)
+    batches = scorer.batches
+    again = find_doubtful(chosen, volume, scorer, tmp_path, radius=RADIUS)
+    assert batches == scorer.batches > 0
+    np.testing.assert_array_equal(first.places, again.places)
+    assert first[1:] == again[1:]
+    bright = find_doubtful(chosen, volume, scorer, tmp_path, radius=RADIUS, contrast="bright")
+    assert scorer.batches > batches
+    assert bright.level != first.level
+
+
+def test_the_mean_particle_is_found_at_its_centre() -> None:
+    """Of a volume that holds the mean itself the score is 0.5 there, whatever lies around it."""
+    rng = np.random.default_rng(1)
+    shells = np.array([1.0, 0.8, -0.4, -1.0, -0.6, 0.0, 0.1, 0.0])
+    scorer = MeanParticle(shells, RADIUS)
+    shape = scorer.window.shape
+    centre = np.array([20, 31, 40])
+    grid = np.stack(np.meshgrid(*[np.arange(n) for n in shape], indexing="ij"), axis=-1)
+    away = np.linalg.norm(grid - centre, axis=-1)
+    voxels = np.interp(away, np.arange(8), shells, right=0).astype(np.float32) + np.float32(0.7)
+    scores = scorer.score(np.stack([voxels, voxels + 1, rng.random(shape, dtype=np.float32) / 100]))
+    for one in scores[:2]:
+        assert np.unravel_index(one.argmax(), shape) == tuple(centre)
+        assert one.max() == pytest.approx(0.5, abs=0.02)
+    assert scores[2].max() < 0.02
+    assert scores.dtype == np.float32
+    assert scorer.fingerprint != MeanParticle(shells + 1e-9, RADIUS).fingerprint
+
+
+def test_shells_are_the_mean_by_distance_and_the_annotated_ones_only() -> None:
+    centre = np.array([20.3, 24.6, 25.0])
+    grid = np.stack(np.meshgrid(*[np.arange(50.0)] * 3, indexing="ij"), axis=-1)
+    away = np.linalg.norm(grid - centre, axis=-1)
+
+    @dataclass(frozen=True, eq=False)
+    class _Memory:
+        array: npt.NDArray[np.float32]
+        percentiles: tuple[float, float, float] = (-0.5, 0.0, 0.5)
+        shape: tuple[int, int, int] = (50, 50, 50)
+
+    chosen = Example(_Memory(np.exp(-away / 4).astype(np.float32)), np.array([centre, [0.0, 0, 0]]))
+
+    class _Upper:
+        def inside(self, spans: tuple[tuple[int, int], ...]) -> npt.NDArray[np.bool_]:
+            return np.full([b - a for a, b in spans], spans[0][0] > 5)
+
+    mean = MeanParticle.of(replace(chosen, annotated=_Upper()), 6.0)
+    # A shell is the mean over what lies within a voxel of it, the outer part of which is larger.
+    np.testing.assert_allclose(mean.shells[2:9], np.exp(-np.arange(2, 9) / 4), atol=0.025)
+
+
+def test_a_candidate_must_score_as_labels_do_and_be_none() -> None:
+    @dataclass(frozen=True, eq=False)
+    class _Space:
+        shape: tuple[int, int, int] = (100, 100, 100)
+
+    rng = np.random.default_rng(4)
+    centres = rng.uniform(0, 50, (20, 3))
+    chosen = Example(_Space(), centres)  # type: ignore[arg-type]
+    far = rng.uniform(70, 100, (30, 3))
+    places = np.concatenate([centres + 1, far])
+    scores = np.concatenate([np.linspace(0.4, 0.8, 20), np.linspace(0.1, 0.9, 30)])
+    doubt = unexplained(chosen, places, scores, 5.0)
+    assert doubt.level == pytest.approx(0.7 * 0.42, abs=0.01)
+    expected = far[scores[20:] >= doubt.level][::-1]
+    np.testing.assert_array_equal(doubt.places, expected)
+    assert doubt.explained == 20
+    # Particles of other kinds explain candidates too, and their scores do not count.
+    others = unexplained(replace(chosen, others=far[-3:]), places, scores, 5.0)
+    assert others.level == doubt.level
+    np.testing.assert_array_equal(
+        others.places, [place for place in expected if KDTree(far[-3:]).query(place)[0] > 5]
+    )
+    # Where labels score nothing, all that is left is the floor; half of the volume stays known.
+    blind = unexplained(chosen, far, scores[20:], 5.0)
+    assert blind.level == pytest.approx(0.05)
+    assert len(blind.places) == 30
+    crowd = rng.uniform(60, 100, (5000, 3))
+    assert len(unexplained(chosen, crowd, np.full(5000, 0.5), 5.0).places) == 954
+    for none in (np.zeros((0, 3)), far):
+        empty = replace(chosen, centres=np.zeros((0, 3)))
+        assert not len(unexplained(empty, none, np.full(len(none), 0.5), 5.0).places)
