@@ -241,7 +241,15 @@ def test_places_are_known_where_they_were_annotated() -> None:
     places = np.array([[19.4, 0, 0], [19.6, 0, 0], [45.0, -3, 80], [-2.0, 5, 5]])
     assert known_at(chosen, places).tolist() == [False, True, True, False]
     assert known_at(replace(chosen, annotated=None), places).all()
-    assert known_at(chosen, np.zeros((0, 3))).shape == (0,)
+    assert known_at(chosen, np.zeros((0, 3)), 6.0).shape == (0,)
+    doubted = replace(
+        chosen, centres=np.array([[30.0, 30, 30]]), doubtful=np.array([[30.0, 30, 42], [5, 5, 5]])
+    )
+    places = np.array([[30.0, 30, 35], [30, 30, 37], [30, 30, 50], [30, 30, 52], [6, 6, 6]])
+    assert known_at(doubted, places, 6.0).tolist() == [True, False, False, True, False]
+    assert known_at(doubted, places).tolist() == [True, True, True, True, False]
+    alone = replace(doubted, centres=np.zeros((0, 3)), annotated=None)
+    assert known_at(alone, places, 6.0).tolist() == [False, False, False, True, False]
 
 
 def test_drawn_crops_lie_where_the_truth_is_known() -> None:

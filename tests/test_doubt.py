@@ -141,6 +141,16 @@ def test_a_candidate_must_score_as_labels_do_and_be_none() -> None:
     assert len(blind.places) == 30
     crowd = rng.uniform(60, 100, (5000, 3))
     assert len(unexplained(chosen, crowd, np.full(5000, 0.5), 5.0).places) == 954
+
+    class _Left:
+        def inside(self, spans: tuple[tuple[int, int], ...]) -> npt.NDArray[np.bool_]:
+            return np.full([b - a for a, b in spans], spans[2][0] < 75)
+
+    # Only what was annotated is looked at, and half of that stays known.
+    part = replace(chosen, annotated=_Left())
+    left = unexplained(part, crowd, np.full(5000, 0.5), 5.0)
+    assert len(left.places) == 716
+    assert (left.places[:, 2] < 75).all()
     for none in (np.zeros((0, 3)), far):
         empty = replace(chosen, centres=np.zeros((0, 3)))
         assert not len(unexplained(empty, none, np.full(len(none), 0.5), 5.0).places)

@@ -265,6 +265,9 @@ def test_a_bad_cell_of_these_is_named(tmp_path: Path, columns: str, cells: str, 
         read_table(table)
 
 
+ROW_3: dict[str, Any] = {"diameter": 80.0, "origin": "row 3"}
+
+
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
@@ -272,6 +275,7 @@ def test_a_bad_cell_of_these_is_named(tmp_path: Path, columns: str, cells: str, 
         ({"annotated": "32:40,0:64,30:72"}, "row 3: none of 2 particles in the annotated part of TS_1"),
         ({"annotated": "absent.mrc"}, "row 3: .*absent.mrc"),
         ({"annotated": np.ones((10, 64, 72), np.int8)}, "row 3: the mask mask of"),
+        ({"picks": _picks(CENTRES[:0]), "partial": True}, "row 3: partial picks of TS_1 without a single"),
         ({"others": "absent.star"}, "row 3: .*absent.star"),
         ({"others": Picks(CENTRES, np.ones(2, np.float32), voxel_size=2.5)}, "row 3: .*voxels of 2.5"),
     ],
@@ -279,7 +283,8 @@ def test_a_bad_cell_of_these_is_named(tmp_path: Path, columns: str, cells: str, 
 def test_regions_and_others_must_fit(
     tmp_path: Path, picker: Picker, asked: dict[str, Any], message: str
 ) -> None:
-    item = LabelledTomogram(_write(tmp_path), _picks(), 80.0, origin="row 3", **asked)
+    made: dict[str, Any] = {"tomogram": _write(tmp_path), "picks": _picks()} | asked
+    item = LabelledTomogram(**made, **ROW_3)
     with pytest.raises((SourceError, FormatError), match=message):
         open_labelled([item], picker)
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
+from scipy.spatial import KDTree
 
 from tomocpt_stream.augmentation import Augmentation, Changes
 from tomocpt_stream.blocks import Window, reflect
@@ -186,16 +187,27 @@ def known_voxels(chosen: Example, box: Box, radius: float) -> Bools | None:
     return marks if clear is None else marks & clear
 
 
-def known_at(chosen: Example, points: Points) -> Bools:
-    """Return for places (n, 3) zyx working voxels whether they were annotated, those beyond a face by it."""
+def known_at(chosen: Example, points: Points, radius: float = 0.0) -> Bools:
+    """Return for places (n, 3) zyx working voxels whether the truth is known there.
+
+    They were annotated, places beyond a face as the voxel next to them, and where a particle's `radius` is
+    given no doubtful place is within 1.5 of it and nearer than any particle. A pick where nothing is known
+    is neither right nor wrong.
+    """
+    marks = np.ones(len(points), dtype=bool)
+    if radius and len(chosen.doubtful) and len(points):
+        doubt, _ = KDTree(chosen.doubtful).query(points)
+        explained = np.full(len(points), np.inf)
+        if len(chosen.centres) + len(chosen.others):
+            explained, _ = KDTree(np.concatenate([chosen.centres, chosen.others])).query(points)
+        marks &= (doubt > DOUBT * radius) | (explained <= doubt)
     if chosen.annotated is None:
-        return np.ones(len(points), dtype=bool)
+        return marks
     nearest = np.rint(points).astype(np.int64).clip(0, np.array(chosen.volume.shape) - 1)
-    marks = [
-        bool(chosen.annotated.inside(((z, z + 1), (y, y + 1), (x, x + 1)))[0, 0, 0])
-        for z, y, x in nearest.tolist()
-    ]
-    return np.array(marks, dtype=bool)
+    for row, (z, y, x) in enumerate(nearest.tolist()):
+        if marks[row]:
+            marks[row] = chosen.annotated.inside(((z, z + 1), (y, y + 1), (x, x + 1)))[0, 0, 0]
+    return marks
 
 
 def check_examples(examples: Sequence[Example], what: str) -> None:

@@ -19,7 +19,7 @@ from scipy import fft
 from scipy.spatial import KDTree
 
 from tomocpt_stream.blocks import Window, plan_blocks
-from tomocpt_stream.crops import DOUBT, Sampling, read_crop
+from tomocpt_stream.crops import DOUBT, Sampling, known_at, read_crop
 from tomocpt_stream.heatmap import CANDIDATE_FLOOR, PickOptions, predict
 from tomocpt_stream.peaks import find_peaks
 from tomocpt_stream.progress import Progress, silent
@@ -38,7 +38,7 @@ Float32 = npt.NDArray[np.float32]
 # A candidate has to score so much of what all but a twentieth of the labelled particles score: less than
 # they do, for they were taught to the scorer, or are in its mean.
 _QUANTILE, _LENIENT = 0.05, 0.7
-# The spheres of all candidates may fill so much of a volume: a network must see some background.
+# The spheres of all candidates may fill so much of what was annotated: a network must see some background.
 _MOST = 0.5
 # Labelled particles that a mean is made of: more would not change it.
 _ENOUGH = 300
@@ -134,7 +134,7 @@ def find_doubtful(
     The map of `scorer`, or where it is None of the mean labelled particle, is kept in `folder`, and a
     search that was killed goes on there. A candidate is explained by a particle within `radius` working
     voxels. As good is one that scores 0.7 of what all but a twentieth of the labelled particles do; the best
-    of them are taken until their spheres would fill half of the volume.
+    of them are taken until their spheres would fill half of what was annotated.
     """
     found: Scorer = MeanParticle.of(chosen, radius) if scorer is None else scorer
     # The mean is of the intensities as they are, whichever way protein looks.
@@ -162,9 +162,17 @@ def unexplained(chosen: Example, places: Points, scores: npt.NDArray[np.float64]
     own = [max((float(scores[k]) for k in some), default=0.0) for some in near]
     level = max(CANDIDATE_FLOOR, _LENIENT * float(np.quantile(own, _QUANTILE)))
     good = np.flatnonzero(free & (scores >= level))
-    most = int(_MOST * math.prod(chosen.volume.shape) / (4 / 3 * math.pi * radius**3))
+    good = good[known_at(chosen, places[good])]
+    voxels = math.prod(chosen.volume.shape) * _annotated_share(chosen)
+    most = int(_MOST * voxels / (4 / 3 * math.pi * radius**3))
     best = good[np.argsort(-scores[good], kind="stable")][:most]
     return Doubt(places[best], level, len(places), int((~free).sum()))
+
+
+def _annotated_share(chosen: Example) -> float:
+    """Return about which share of an example was annotated, by an even grid of 8³ voxels."""
+    axes = [(np.arange(8) + 0.5) * length / 8 - 0.5 for length in chosen.volume.shape]
+    return float(known_at(chosen, np.stack(np.meshgrid(*axes), axis=-1).reshape(-1, 3)).mean())
 
 
 def _distances(reach: int, offset: Points) -> npt.NDArray[np.float64]:

@@ -296,6 +296,12 @@ def _open(item: LabelledTomogram, picker: Picker) -> Opened:
     grid, _ = plan_pick(tomogram, picker, options)
     picks = _truth(item, tomogram)
     _refuse_outside(picks, tomogram, item.diameter)
+    if item.partial and not len(picks):
+        raise SourceError(
+            f"partial picks of {tomogram.name} without a single one",
+            expected="at least one particle, by which others are known",
+            remedy="leave the tomogram out, or pick some of its particles",
+        )
     negate = item.contrast != picker.contrast
     made: dict[str, Any] = {
         "tomogram": tomogram.fingerprint,
