@@ -10,8 +10,9 @@ from scipy.spatial import KDTree
 
 from tests.scorers import MatchedFilter
 from tomocpt_stream.blocks import Window
-from tomocpt_stream.crops import Example, example
+from tomocpt_stream.crops import Example, Sampling, changed_crop, example, read_crop
 from tomocpt_stream.doubt import MeanParticle, find_doubtful, unexplained
+from tomocpt_stream.epochs import Epochs
 from tomocpt_stream.picks import Picks
 from tomocpt_stream.tomogram import open_tomogram
 from tomocpt_stream.volume import ingest
@@ -56,6 +57,25 @@ def test_particles_that_were_left_out_are_found_by_those_that_were_not(tmp_path:
     assert (KDTree(hidden).query(doubt.places)[0] > RADIUS).sum() <= 3
     assert (KDTree(chosen.centres).query(doubt.places)[0] > RADIUS).all()
     assert doubt.explained >= len(chosen.centres)
+
+
+def test_no_epoch_teaches_that_an_unlabelled_particle_is_none(tmp_path: Path) -> None:
+    """Half of the labels are missing: what is left of them as background is what no candidate covers."""
+    chosen, volume, hidden = _half(tmp_path)
+    doubt = find_doubtful(chosen, volume, None, tmp_path, radius=RADIUS)
+    sampling = Sampling(window=Window((32, 32, 32), (4, 4, 4)), radius=RADIUS)
+    false = []
+    for item in (chosen, replace(chosen, doubtful=doubt.places)):
+        epochs = Epochs([item], sampling)
+        taught = 0
+        for row in epochs.order(0):
+            crop = changed_crop(item, row[1:].tolist(), sampling, np.random.default_rng(0))
+            _, truth = read_crop(replace(item, centres=hidden), row[1:].tolist(), sampling)
+            known = np.ones(truth.shape, bool) if crop.known is None else crop.known
+            taught += int(((truth > 0.1) & (crop.label == 0) & known).sum())
+            assert (known & (crop.label > 0)).any() or known.mean() > 1 / 8
+        false.append(taught / len(epochs))
+    assert false[1] < 0.03 * false[0]
 
 
 def test_the_search_is_the_same_again_and_reads_its_map(tmp_path: Path) -> None:
