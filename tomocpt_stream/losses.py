@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,16 +20,35 @@ def loss_terms(
     Voxels that are not `known` (bool; None: all are) count nowhere: not in the means, not in the weights, and
     a derivative counts where every voxel that it is taken from is known.
     """
+    sums = loss_sums(answered, label, known)
+    return sums.weighted / sums.voxels.clamp(min=1), sums.gradient / sums.places.clamp(min=1)
+
+
+class LossSums(NamedTuple):
+    """Both terms of some crops before their means are taken, so that those of several devices add up.
+
+    `weighted` is summed over `voxels` voxels, `gradient` over `places`.
+    """
+
+    weighted: torch.Tensor
+    voxels: torch.Tensor
+    gradient: torch.Tensor
+    places: torch.Tensor
+
+
+def loss_sums(answered: torch.Tensor, label: torch.Tensor, known: torch.Tensor | None = None) -> LossSums:
+    """Return the sums that the means of `loss_terms` are taken from, and what they are summed over."""
     if known is None:
         known = torch.ones_like(label, dtype=torch.bool)
     pixel = F.huber_loss(answered, label, reduction="none")
-    weighted = _mean(voxel_weights(label, known) * pixel, known)
+    weighted = voxel_weights(label, known) * pixel
     # Derivatives are linear: those of the difference are the difference of both.
     derived = _derivatives((answered - label) * known)
     gradient = F.huber_loss(derived, torch.zeros_like(derived), reduction="none").sum(dim=1)
     # The stencils of all six lie in the 3 x 3 x 3 voxels about the middle, replicated at the faces.
     unknown = F.max_pool3d((~known).float().unsqueeze(1), 3, stride=1, padding=1).squeeze(1)
-    return weighted, _mean(gradient, unknown == 0)
+    counted = unknown == 0
+    return LossSums((weighted * known).sum(), known.sum(), (gradient * counted).sum(), counted.sum())
 
 
 def voxel_weights(label: torch.Tensor, known: torch.Tensor | None = None) -> torch.Tensor:
@@ -50,7 +70,3 @@ def _derivatives(values: torch.Tensor) -> torch.Tensor:
         warnings.simplefilter("ignore", DeprecationWarning)
         derived: torch.Tensor = spatial_gradient3d(values.unsqueeze(1), mode="diff", order=2)
     return derived[:, 0]
-
-
-def _mean(values: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
-    return (values * counted).sum() / counted.sum().clamp(min=1)
