@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -272,3 +273,18 @@ def test_nothing_known_gives_no_crops() -> None:
     nothing = replace(item, annotated=_Marked(np.zeros((40, 100, 120), bool), []))
     assert len(Epochs([nothing], SMALL)) == 0
     assert len(Epochs([nothing, item], SMALL)) == len(Epochs([item], SMALL))
+
+
+class _Overtaken(Epochs):
+    """Another thread asks for epoch 1 whenever an order has been kept."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "_order" and value[0] == 0:
+            self.order(1)
+
+
+def test_threads_in_two_epochs_read_their_own_orders() -> None:
+    examples = [_example((40, 100, 120), [[20, 50, 60]])]
+    found = _Overtaken(examples, SMALL, seed=3).order(0)
+    np.testing.assert_array_equal(found, Epochs(examples, SMALL, seed=3).order(0))
