@@ -16,10 +16,11 @@ import numpy as np
 import torch
 
 from tomocpt_stream.blocks import Window
+from tomocpt_stream.loop import answer
 from tomocpt_stream.losses import loss_terms
 from tomocpt_stream.network import build_network, bytes_per_window, named_architecture, place
 from tomocpt_stream.picker import Picker, picker_metadata
-from tomocpt_stream.training import Precision, TrainOptions, answer
+from tomocpt_stream.train_options import Precision, TrainOptions
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,26 +10,16 @@ import pytest
 from tomocpt_stream import curriculum
 from tomocpt_stream.augmentation import Augmentation
 from tomocpt_stream.blocks import Window
-from tomocpt_stream.crops import Example
-from tomocpt_stream.curriculum import (
-    Recipe,
-    base_options,
-    calibrate,
-    draw_hard,
-    draw_phantom,
-    prepare,
-    train_base,
-)
+from tomocpt_stream.curriculum import Recipe, base_options, draw_hard, draw_phantom, prepare, train_base
 from tomocpt_stream.errors import PlanError, SourceError
 from tomocpt_stream.network import named_architecture
 from tomocpt_stream.phantom import PhantomOptions
 from tomocpt_stream.shapes import SHAPES_HELD_OUT
-from tomocpt_stream.targets import paint_box
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    import numpy.typing as npt
+    from tomocpt_stream.crops import Example
 
 SMALL = PhantomOptions(
     shape=(30, 48, 60),
@@ -153,46 +143,6 @@ def test_the_recipe_trains_and_tells_what_it_was_made_of(
     assert kept["options"]["sampling"]["augmentation"]["turns"] is True
     assert base.sampling.augmentation != Augmentation()
     assert calibrated == [1]
-
-
-class _Reader:
-    """A picker whose scores are the intensities, as they are."""
-
-    window = Window((32, 32, 64), (4, 4, 8))
-
-    def score(self, batch: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        return batch
-
-    def shifted(self, logits: float, **provenance: Any) -> tuple[float, Any]:
-        return logits, provenance["calibration"]
-
-
-@dataclass(frozen=True, eq=False)
-class _Memory:
-    array: npt.NDArray[np.float32]
-    percentiles: tuple[float, float, float] = (-0.5, 0.0, 0.5)
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        z, y, x = self.array.shape
-        return (z, y, x)
-
-
-def test_calibration_moves_the_best_threshold_to_three_tenths() -> None:
-    shape = (40, 60, 150)
-    box = (slice(0, shape[0]), slice(0, shape[1]), slice(0, shape[2]))
-    # Particles answer 0.8, something else answers 0.5; one particle answers less than that.
-    true, weak, other = [[20, 30, 20], [20, 30, 60]], [[20, 30, 100]], [[20, 30, 135], [20, 5, 135]]
-    array = np.maximum(0.8 * paint_box(true, box, radius=10), 0.5 * paint_box(other, box, radius=10))
-    array = np.maximum(array, 0.2 * paint_box(weak, box, radius=10)).astype(np.float32)
-    item = Example(_Memory(array), np.array(true + weak, dtype=np.float64))
-    picker: Any = _Reader()
-    done: Any = calibrate(picker, [item])
-    shift, record = done
-    # Above 0.5 and below 0.8 two of three are found and nothing else: F1 0.8.
-    assert record["f1"] == pytest.approx(0.8)
-    assert record["threshold"] == pytest.approx(0.645, abs=0.011)
-    assert shift == pytest.approx(np.log(0.3 / 0.7) - np.log(record["threshold"] / (1 - record["threshold"])))
 
 
 def test_tomograms_are_simulated_by_worker_processes(tmp_path: Path) -> None:

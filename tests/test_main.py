@@ -19,7 +19,7 @@ from click.testing import CliRunner, Result
 
 from tests.blobs import NamedBlobPicker, blobs, nearest
 from tests.buckets import portal_zarr
-from tomocpt_stream import curriculum, phantom, picker, pipeline
+from tomocpt_stream import phantom, picker, pipeline
 from tomocpt_stream.__main__ import main
 from tomocpt_stream.formats import read_picks
 from tomocpt_stream.heatmap import open_heatmap
@@ -333,29 +333,6 @@ def test_simulate_writes_tomogram_and_truth() -> None:
     assert "no room for target" in run(*words, "new/three.mrc", "--count", "90", code=1).stderr
     assert "is an input" in run(*words, "new/one.mrc", "--particle", "new/one.mrc", code=1).stderr
     assert len(names("new")) == 4
-
-
-def test_train_follows_the_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: dict[str, Any] = {}
-
-    class Trained:
-        def save(self, path: Path) -> None:
-            path.write_text("weights")
-
-    def train_base(folder: Path, **settings: Any) -> Trained:
-        seen.update(folder=folder, **settings)
-        return Trained()
-
-    monkeypatch.setattr(curriculum, "train_base", train_base)
-    words = (
-        "--folder work --output mine.safetensors --steps 7 --tomograms 5 --validation 2 --seed 3 --workers 1"
-    )
-    run("train", *words.split())
-    recipe = seen["recipe"]
-    assert (recipe.tomograms, recipe.validation, recipe.seed) == (5, 2, 3)
-    assert recipe.options == curriculum.base_options(steps=7, seed=3)
-    assert (seen["folder"], seen["workers"]) == (Path("work"), 1)
-    assert Path("mine.safetensors").read_text() == "weights"
 
 
 def test_the_demo_compares_with_the_truth(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,191 +1,264 @@
 from __future__ import annotations
 
-import itertools
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+import json
+import logging
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
+import torch
+from click.testing import CliRunner
 
+from tomocpt_stream import loop
+from tomocpt_stream.__main__ import main
+from tomocpt_stream.augmentation import Augmentation
 from tomocpt_stream.blocks import Window
-from tomocpt_stream.crops import Example, Sampling, draw_batch
 from tomocpt_stream.errors import CheckpointError, PlanError, SourceError
-from tomocpt_stream.network import named_architecture
-from tomocpt_stream.picker import load_picker
+from tomocpt_stream.evaluation import match
+from tomocpt_stream.formats import write_picks
+from tomocpt_stream.heatmap import PickOptions
+from tomocpt_stream.labelled import LabelledTomogram, open_labelled
+from tomocpt_stream.network import build_network, named_architecture, start_quiet
+from tomocpt_stream.phantom import write_mrc
+from tomocpt_stream.picker import Picker, load_picker, picker_metadata
+from tomocpt_stream.picks import Picks
+from tomocpt_stream.pipeline import pick
 from tomocpt_stream.targets import paint_box
-from tomocpt_stream.training import (
-    Precision,
-    Step,
-    TrainOptions,
-    learning_rate,
-    train,
-)
+from tomocpt_stream.tomogram import Tomogram, open_tomogram
+from tomocpt_stream.training import fine_tune, train
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-WINDOW = Window((32, 32, 64), (4, 4, 8))
-SAMPLING = Sampling(window=WINDOW, radius=6.0, positive=1.0)
-TINY = named_architecture("small") | {"depths": [1, 1, 1, 1]}
-OPTIONS = TrainOptions(
-    architecture=TINY,
-    steps=4,
-    warm_up=1,
-    average=0.9,
-    sampling=SAMPLING,
-    checkpoint_every=2,
-    validation_crops=2,
-)
+    from tomocpt_stream.crops import Example
+    from tomocpt_stream.loop import Step
+
+SHAPE = (24, 128, 44)
+STILL = Augmentation()
 
 
-@dataclass(frozen=True, eq=False)
-class _Memory:
-    array: npt.NDArray[np.float32]
-    percentiles: tuple[float, float, float] = (-1.0, 0.0, 1.0)
+def _parent(contrast: str = "dark") -> Picker:
+    torch.manual_seed(0)
+    architecture = named_architecture("small") | {"depths": [1, 1, 1, 1]}
+    network = build_network(architecture)
+    start_quiet(network)
+    window = Window((32, 32, 64), (4, 4, 8))
+    metadata = picker_metadata(architecture, window=window, particle_radius=5.0, contrast=contrast)
+    return Picker(network, metadata)
 
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        z, y, x = self.array.shape
-        return (z, y, x)
 
-
-def _example(seed: int = 0) -> Example:
-    """Dark balls in weak noise."""
+def _phantom(seed: int = 0, name: str = "TS_1") -> LabelledTomogram:
+    """Dark balls of 10 voxels in noise, one of them at a face."""
     rng = np.random.default_rng(seed)
-    shape = (40, 48, 80)
-    centres = np.array([[12.0, 12.0, 14.0], [26.0, 33.0, 30.0]]) + rng.uniform(-2, 2, (2, 3))
-    box = (slice(0, shape[0]), slice(0, shape[1]), slice(0, shape[2]))
-    balls = paint_box(centres, box, radius=6.0, label="binary")
-    return Example(_Memory(0.3 * rng.standard_normal(shape, dtype=np.float32) - 2 * balls), centres)
+    places = [(12, y, x) for y in range(8, 128, 16) for x in (0, 20, 38)]
+    centres = np.array(places, dtype=np.float64) + rng.uniform(-2, 2, (len(places), 3))
+    box = (slice(0, SHAPE[0]), slice(0, SHAPE[1]), slice(0, SHAPE[2]))
+    balls = paint_box(centres, box, radius=5.0, label="binary")
+    voxels = 0.3 * rng.standard_normal(SHAPE, dtype=np.float32) - 2 * balls
+    picks = Picks(centres, np.ones(len(centres), np.float32), voxel_size=10.0, tomogram=name, shape=SHAPE)
+    return LabelledTomogram(open_tomogram(voxels, voxel_size=10.0, name=name), picks, 100.0)
 
 
-def test_learning_rate_rises_then_falls() -> None:
-    options = replace(OPTIONS, steps=100, warm_up=10, learning_rate=1.0)
-    rates = [learning_rate(options, step) for step in range(100)]
-    np.testing.assert_allclose(rates[:10], np.arange(1, 11) / 10)
-    assert all(a > b for a, b in itertools.pairwise(rates[10:]))
-    assert rates[10] == 1.0
-    assert rates[-1] < 0.012
-    assert learning_rate(replace(options, schedule="constant"), 99) == 1.0
+def _tune(folder: Path, items: list[LabelledTomogram] | None = None, **asked: Any) -> Picker:
+    options: dict[str, Any] = {"epochs": 2, "batch_size": 8, "picker": _parent(), "augmentation": STILL}
+    return fine_tune(items or [_phantom()], folder=folder, **(options | asked))
 
 
-def test_training_learns_one_crop(tmp_path: Path) -> None:
-    options = replace(
-        OPTIONS, steps=16, learning_rate=3e-3, average=0.0, batch_size=1, checkpoint_every=16, seed=3
-    )
-    still = _example()
+@pytest.mark.slow
+def test_fine_tuning_learns_a_phantom(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    item = _phantom()
     losses: list[float] = []
-    picker = train([still], options=options, folder=tmp_path, on_step=lambda step: losses.append(step.loss))
-    assert np.mean(losses[-3:]) < 0.5 * np.mean(losses[:3])
-    voxels, label, _ = draw_batch([still], SAMPLING, size=1, seed=5, step=0)
-    score = picker.score(voxels)
-    assert score[label > 0.5].mean() > 5 * score[label == 0].mean()
+
+    def listen(step: Step) -> None:
+        if step.validation is not None:
+            losses.append(step.validation)
+
+    with caplog.at_level(logging.INFO, logger="tomocpt_stream"):
+        tuned = _tune(tmp_path, [item], epochs=8, batch_size=1, learning_rate=1e-2, on_step=listen)
+    assert len(losses) == 8
+    assert min(losses) < 0.7 * losses[0]
+    assert any("20% along y of TS_1" in line for line in caplog.messages)
+
+    def f1(picker: Picker) -> float:
+        assert not isinstance(item.tomogram, str)
+        found = pick(item.tomogram, picker, PickOptions(diameter=100.0, threshold=0.3, contrast="dark"))  # type: ignore[arg-type]
+        assert isinstance(item.picks, Picks)
+        return match(found, item.picks, tolerance=50.0).f1
+
+    assert f1(tuned) > f1(_parent()) + 0.15
 
 
-def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path: Path) -> None:
-    examples, held = [_example(0), _example(1)], [_example(2)]
+def test_two_runs_are_equal_and_a_killed_one_goes_on(tmp_path: Path) -> None:
     whole: list[Step] = []
-    unbroken = train(
-        examples, validation=held, options=OPTIONS, folder=tmp_path / "whole", on_step=whole.append
-    )
-
-    parts: list[Step] = []
+    unbroken = _tune(tmp_path / "whole", batch_size=2, on_step=whole.append)
+    seen: list[Step] = []
 
     def stop(step: Step) -> None:
-        parts.append(step)
-        if step.step == 3:
+        seen.append(step)
+        if step.validation is not None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train(examples, validation=held, options=OPTIONS, folder=tmp_path / "parts", on_step=stop)
-    resumed = train(
-        examples, validation=held, options=OPTIONS, folder=tmp_path / "parts", on_step=parts.append
-    )
-
-    # Step 3 was not kept and is done again.
-    assert [step.step for step in parts] == [1, 2, 3, 3, 4]
-    assert [step.loss for step in parts if step.step != 3] == [step.loss for step in whole if step.step != 3]
-    assert parts[2].loss == parts[3].loss == whole[2].loss
-    assert resumed.fingerprint == unbroken.fingerprint
-    assert [step.validation is None for step in whole] == [True, False, True, False]
-    # A run that is finished is given back without a step.
-    again = train(examples, validation=held, options=OPTIONS, folder=tmp_path / "parts", on_step=stop)
-    assert again.fingerprint == unbroken.fingerprint
-
-
-def test_best_and_last_pickers_carry_their_provenance(tmp_path: Path) -> None:
-    picker = train(
-        [_example(0)],
-        validation=[_example(1)],
-        options=OPTIONS,
-        folder=tmp_path,
-        provenance={"data": "balls"},
-    )
-    kept = picker.metadata["provenance"]
-    assert kept["data"] == "balls"
-    assert kept["options"] == OPTIONS.to_json()
-    assert kept["validation_loss"] > 0
-    assert picker.particle_radius == 6.0
-    assert picker.window == WINDOW
-    assert load_picker(tmp_path / "last.safetensors").metadata["provenance"]["step"] == 4
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "best.safetensors",
-        "last.safetensors",
-        "state.pt",
+        _tune(tmp_path / "killed", batch_size=2, on_step=stop)
+    assert 0 < len(seen) < len(whole)
+    resumed = _tune(tmp_path / "killed", batch_size=2, on_step=seen.append)
+    assert [(step.step, step.loss, step.validation) for step in seen] == [
+        (step.step, step.loss, step.validation) for step in whole
     ]
+    assert resumed.fingerprint == unbroken.fingerprint
+    weights = [load_picker(tmp_path / name / "run" / "last.safetensors") for name in ("whole", "killed")]
+    assert weights[0].fingerprint == weights[1].fingerprint
 
 
-def test_without_validation_the_last_picker_is_returned(tmp_path: Path) -> None:
-    options = replace(OPTIONS, steps=1)
-    picker = train([_example(0)], options=options, folder=tmp_path)
-    assert picker.metadata["provenance"]["step"] == 1
-    assert not (tmp_path / "best.safetensors").exists()
+def test_the_picker_says_what_it_was_made_of(tmp_path: Path) -> None:
+    parent = _parent("bright")
+    tuned = _tune(tmp_path, [_phantom(k, f"TS_{k}") for k in range(2)], epochs=1, picker=parent)
+    kept = tuned.metadata["provenance"]
+    assert kept["parent"] == parent.fingerprint
+    assert kept["tomograms"] == ["TS_0", "TS_1"]
+    assert len(set(kept["examples"])) == 2
+    assert kept["particles"] == 2 * 24
+    assert kept["options"]["learning_rate"] == 5e-5
+    assert len(kept["split"]) == 2
+    # What the network is fed with stays what it was fed with.
+    assert (tuned.contrast, tuned.particle_radius, tuned.window) == ("bright", 5.0, parent.window)
+    # Nothing is frozen.
+    before, after = (build_network(parent.metadata["architecture"]) for _ in range(2))
+    parent.copy_weights(before)
+    tuned.copy_weights(after)
+    still = [
+        name
+        for (name, one), other in zip(before.named_parameters(), after.parameters(), strict=True)
+        if torch.equal(one, other)
+    ]
+    assert not still
 
 
-def test_a_run_may_start_from_a_picker(tmp_path: Path) -> None:
-    options = replace(OPTIONS, steps=1, learning_rate=1e-12, average=0.0)
-    first = train([_example(0)], options=options, folder=tmp_path / "first")
-    second = train([_example(1)], options=replace(options, seed=9), folder=tmp_path / "second", start=first)
-    voxels, _, _ = draw_batch([_example(0)], SAMPLING, size=1, seed=0, step=0)
-    np.testing.assert_allclose(second.score(voxels), first.score(voxels), atol=1e-5)
-    fresh = train([_example(1)], options=replace(options, seed=9), folder=tmp_path / "fresh")
-    assert not np.allclose(fresh.score(voxels), first.score(voxels), atol=1e-5)
-    other = replace(options, architecture=named_architecture("small"))
-    with pytest.raises(CheckpointError, match="missing"):
-        train([_example(1)], options=other, folder=tmp_path / "other", start=first)
+def test_a_parent_that_is_not_surpassed_is_given_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    losses = iter([0.1, 0.2])
+    monkeypatch.setattr(loop._Held, "loss", lambda *_: next(losses))
+    parent = _parent()
+    with caplog.at_level(logging.INFO, logger="tomocpt_stream"):
+        kept = _tune(tmp_path, epochs=1, picker=parent)
+    assert kept.fingerprint == parent.fingerprint
+    assert "its weights are kept" in caplog.text
+    assert "the picker as it is: validation loss 0.10000" in caplog.text
+
+
+def test_a_picker_is_trained_from_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Two tomograms, one of which is bright: the picker knows protein as dark and negates the other."""
+    dark, bright = _phantom(0, "TS_0"), _phantom(0, "TS_1")
+    assert isinstance(bright.tomogram, Tomogram)
+    voxels = -bright.tomogram.read((slice(0, SHAPE[0]), slice(0, SHAPE[1]), slice(0, SHAPE[2])))
+    turned = open_tomogram(voxels, voxel_size=10.0, name="TS_1")
+    asked: dict[str, Any] = {
+        "architecture": named_architecture("small") | {"depths": [1, 1, 1, 1]},
+        "window": Window((32, 32, 64), (4, 4, 8)),
+        "particle_radius": 5.0,
+        "label": "binary",
+        "epochs": 1,
+        "augmentation": STILL,
+        "precision": "bfloat16",
+        "average": 0.5,
+    }
+    items = [dark, LabelledTomogram(turned, bright.picks, 100.0, "bright")]
+    with caplog.at_level(logging.INFO, logger="tomocpt_stream"):
+        picker = train(items, folder=tmp_path, calibrate=False, **asked)
+    volumes = [example.volume.array[:] for example in _examples(tmp_path, items, picker)]
+    np.testing.assert_array_equal(volumes[0], -volumes[1])
+    assert [example.negate for example in _examples(tmp_path, items, picker)] == [False, True]
+    kept = picker.metadata["provenance"]
+    assert kept["data"] == "trained on labelled tomograms"
+    assert "parent" not in kept
+    options = kept["options"]
+    # The paper's, where nothing else was asked for.
+    assert (options["learning_rate"], options["weight_decay"], options["batch_size"]) == (4e-4, 1e-10, 10)
+    assert (options["schedule"], options["patience"], options["stop_after"]) == ("plateau", 6, 36)
+    assert (options["precision"], options["average"]) == ("bfloat16", 0.5)
+    assert picker.metadata["label"]["kind"] == "binary"
+    assert (picker.contrast, picker.particle_radius, picker.window) == ("dark", 5.0, asked["window"])
+    assert (options["steps"], options["checkpoint_every"]) == (kept["step"], kept["step"])
+    # It is asked for again: nothing is trained, but it is to be calibrated, for which there is too little.
+    with caplog.at_level(logging.INFO, logger="tomocpt_stream"):
+        again = train(items, folder=tmp_path, **asked)
+    assert "calibration" not in kept
+    remark = again.metadata["provenance"]["calibration"]["remark"]
+    assert remark == "8 validation particles, fewer than 10"
+    assert again.fingerprint == picker.fingerprint
+    assert again.metadata["provenance"]["step"] == kept["step"]
+    assert caplog.text.count("of the time for crops") == 1
+
+
+def _examples(folder: Path, items: list[LabelledTomogram], picker: Picker) -> list[Example]:
+    return [one.ingest(folder / "volumes") for one in open_labelled(items, picker)]
+
+
+def test_without_validation_no_look_decides(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    picks = Picks(np.array([[12.0, 20.0, 20.0]]), np.ones(1, np.float32), voxel_size=10.0, shape=SHAPE)
+    item = LabelledTomogram(_phantom().tomogram, picks, 100.0)
+    with caplog.at_level(logging.INFO, logger="tomocpt_stream"):
+        tuned = _tune(tmp_path, [item], epochs=1, schedule="plateau", stop_after=3)
+    options = tuned.metadata["provenance"]["options"]
+    assert (options["schedule"], options["stop_after"]) == ("cosine", 0)
+    assert "no validation" in caplog.text
 
 
 def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
-    options = replace(OPTIONS, steps=1)
-    train([_example(0)], options=options, folder=tmp_path)
-    with pytest.raises(CheckpointError, match="other options"):
-        train([_example(0)], options=replace(options, seed=1), folder=tmp_path)
-    (tmp_path / "state.pt").write_bytes(b"no state")
-    with pytest.raises(CheckpointError, match="cannot be read"):
-        train([_example(0)], options=options, folder=tmp_path)
+    (tmp_path / "run.json").write_text("{")
+    with pytest.raises(CheckpointError, match="choose another folder"):
+        _tune(tmp_path)
+    (tmp_path / "run.json").unlink()
+    with pytest.raises(KeyboardInterrupt):
+        _tune(tmp_path, progress=_interrupt)
+    with pytest.raises(CheckpointError, match="differs in examples"):
+        _tune(tmp_path, [_phantom(5)])
+    with pytest.raises(CheckpointError, match="differs in epochs, options"):
+        _tune(tmp_path, epochs=3)
 
 
-def test_options_and_examples_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
+def _interrupt(*report: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_what_no_run_can_have_is_refused(tmp_path: Path) -> None:
+    item = _phantom()
+    assert not isinstance(item.tomogram, str)
+    bare = LabelledTomogram(item.tomogram, Picks(np.zeros((0, 3)), np.zeros(0, np.float32)), 100.0)
+    with pytest.raises(SourceError, match="1 tomograms without a particle"):
+        _tune(tmp_path, [bare])
+    with pytest.raises(PlanError, match="learning_rate 0"):
+        _tune(tmp_path / "slow", learning_rate=0)
     with pytest.raises(PlanError, match="steps 0"):
-        TrainOptions(steps=0)
-    with pytest.raises(PlanError, match=r"average 1\.0"):
-        TrainOptions(average=1.0)
-    empty = Example(_example().volume, np.zeros((0, 3)))
-    with pytest.raises(SourceError, match="without a particle"):
-        train([empty], options=OPTIONS, folder=tmp_path)
-    broken = Example(_Memory(np.full((40, 40, 80), np.nan, np.float32)), np.array([[20.0, 20, 20]]))
-    with pytest.raises(CheckpointError, match="loss of nan at step 0"):
-        train([broken], options=OPTIONS, folder=tmp_path)
+        _tune(tmp_path / "none", epochs=0)
+    assert not (tmp_path / "none").exists()
 
 
-def test_bfloat16_follows_float32(tmp_path: Path) -> None:
-    losses: dict[str, list[float]] = {}
-    precisions: list[Precision] = ["float32", "bfloat16"]
-    for precision in precisions:
-        options = replace(OPTIONS, steps=3, precision=precision)
-        kept: list[Step] = []
-        train([_example()], options=options, folder=tmp_path / precision, on_step=kept.append)
-        losses[precision] = [step.loss for step in kept]
-    assert losses["bfloat16"] != losses["float32"]
-    np.testing.assert_allclose(losses["bfloat16"], losses["float32"], rtol=0.05)
+def test_the_command_takes_a_table(tmp_path: Path) -> None:
+    item = _phantom()
+    assert isinstance(item.picks, Picks)
+    box = (slice(0, SHAPE[0]), slice(0, SHAPE[1]), slice(0, SHAPE[2]))
+    write_mrc(tmp_path / "TS_1.mrc", item.tomogram.read(box), 10.0)  # type: ignore[union-attr]
+    write_picks(item.picks, tmp_path / "TS_1.star")
+    table = tmp_path / "table.csv"
+    table.write_text("tomogram,picks,diameter\nTS_1.mrc,TS_1.star,100\n")
+    _parent().save(tmp_path / "parent.safetensors")
+
+    def asked(output: str) -> list[str]:
+        words = ["finetune", table, "--folder", tmp_path / "runs", "--output", tmp_path / output]
+        words += ["--picker", tmp_path / "parent.safetensors", "--epochs", 1]
+        return [str(word) for word in words]
+
+    done = CliRunner().invoke(main, asked("mine.safetensors"))
+    assert done.exit_code == 0, done.output
+    assert "20% along y of TS_1" in done.output
+    assert "validation 0." in done.output
+    tuned = load_picker(tmp_path / "mine.safetensors")
+    assert tuned.metadata["provenance"]["parent"] == _parent().fingerprint
+    for output, message in {"parent.safetensors": "parent.safetensors", "mine.txt": ".safetensors"}.items():
+        refused = CliRunner().invoke(main, asked(output))
+        assert refused.exit_code == 1
+        assert message in refused.output
+    assert load_picker(tmp_path / "parent.safetensors").fingerprint == _parent().fingerprint
+    json.loads((tmp_path / "runs" / "run.json").read_text())

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from tomocpt_stream.evaluation import Match as Match
     from tomocpt_stream.evaluation import evaluate as evaluate
     from tomocpt_stream.evaluation import match as match
-    from tomocpt_stream.finetuning import fine_tune as fine_tune
     from tomocpt_stream.formats import read_picks as read_picks
     from tomocpt_stream.formats import write_picks as write_picks
     from tomocpt_stream.heatmap import Heatmap as Heatmap
@@ -48,6 +47,7 @@ if TYPE_CHECKING:
     from tomocpt_stream.targets import paint_targets as paint_targets
     from tomocpt_stream.tomogram import Tomogram as Tomogram
     from tomocpt_stream.tomogram import open_tomogram as open_tomogram
+    from tomocpt_stream.training import fine_tune as fine_tune
     from tomocpt_stream.training import train as train
     from tomocpt_stream.volume import Volume as Volume
     from tomocpt_stream.volume import ingest as ingest
@@ -66,7 +66,6 @@ _HOME = {
     ),
     "curves": ("sweep",),
     "evaluation": ("Evaluation", "Match", "evaluate", "match"),
-    "finetuning": ("fine_tune",),
     "formats": ("read_picks", "write_picks"),
     "heatmap": ("Heatmap", "PickOptions", "open_heatmap", "predict"),
     "label_queries": ("LabelQuery",),
@@ -80,7 +79,7 @@ _HOME = {
     "portal_labels": ("find_labelled",),
     "targets": ("paint_targets",),
     "tomogram": ("Tomogram", "open_tomogram"),
-    "training": ("train",),
+    "training": ("fine_tune", "train"),
     "volume": ("Volume", "ingest", "open_volume"),
 }
 # Modules whose names are public with the module's own in front: portal.find_tomograms.

@@ -15,7 +15,6 @@ import click
 from tomocpt_stream.convert_command import convert
 from tomocpt_stream.errors import ActionableError
 from tomocpt_stream.evaluate_command import evaluate_command
-from tomocpt_stream.finetune_command import finetune_command
 from tomocpt_stream.options import LENGTH
 from tomocpt_stream.portal_commands import portal
 from tomocpt_stream.request import (
@@ -38,6 +37,7 @@ from tomocpt_stream.terminal import (
     show_warning,
     warn,
 )
+from tomocpt_stream.train_command import finetune_command, train_command
 from tomocpt_stream.view_command import curate_command, view_command
 
 if TYPE_CHECKING:
@@ -45,7 +45,6 @@ if TYPE_CHECKING:
 
     from tomocpt_stream.phantom import Phantom
     from tomocpt_stream.tomogram import Tomogram
-    from tomocpt_stream.training import Step
 
 UPSAMPLING_WARNED_BELOW = 0.75
 
@@ -212,6 +211,7 @@ main.add_command(portal)
 main.add_command(convert)
 main.add_command(evaluate_command)
 main.add_command(finetune_command)
+main.add_command(train_command)
 main.add_command(view_command)
 main.add_command(curate_command)
 
@@ -345,48 +345,6 @@ def simulate_command(output: Path, seed: int, particles: tuple[str, ...], **sett
     truth = _write_phantom(phantom, output, output.with_name(f"{output.stem}_truth.star"))
     click.echo(f"{facts_line(phantom.tomogram)} -> {output}")
     click.echo(f"{count(len(phantom.picks()), 'particle')} -> {truth}")
-
-
-@main.command("train", short_help="Train a picker on simulated tomograms.")
-@click.option(
-    "--folder",
-    type=click.Path(file_okay=False, path_type=Path),
-    required=True,
-    metavar="DIR",
-    help="Keeps the simulated tomograms and the checkpoints; run again, training goes on from there.",
-)
-@click.option(
-    "--output",
-    type=click.Path(dir_okay=False, path_type=Path),
-    required=True,
-    metavar="FILE.safetensors",
-    help="The trained picker.",
-)
-@click.option("--steps", type=click.IntRange(min=1), default=3000, help="Steps of the optimiser.")
-@click.option(
-    "--tomograms", type=click.IntRange(min=1), default=200, help="Simulated tomograms to learn from."
-)
-@click.option(
-    "--validation", type=click.IntRange(min=1), default=12, help="More of them, to choose the best by."
-)
-@click.option("--seed", type=click.IntRange(min=0), default=0, help="Of tomograms, weights and crops.")
-@click.option("--workers", type=click.IntRange(min=1), default=2, help="Tomograms simulated at once.")
-def train_command(folder: Path, output: Path, workers: int, **settings: Any) -> None:
-    """Train a picker on simulated tomograms of many shapes: the recipe of the shipped one."""
-    from tomocpt_stream.curriculum import Recipe, base_options, train_base
-
-    options = base_options(steps=settings.pop("steps"), seed=settings["seed"])
-    recipe = Recipe(**settings, options=options)
-    with show_progress() as progress:
-
-        def listen(step: Step) -> None:
-            progress("train", step.step, step.steps)
-            if step.validation is not None:
-                click.echo(f"step {step.step}: loss {step.loss:.5f}, validation {step.validation:.5f}")
-
-        picker = train_base(folder, recipe=recipe, workers=workers, progress=progress, on_step=listen)
-    picker.save(output)
-    click.echo(f"picker -> {output}")
 
 
 @main.command("import-weights", short_help="Make a picker of a tomoCPT checkpoint.")

@@ -18,29 +18,27 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tomocpt_stream.augmentation import Augmentation
-from tomocpt_stream.crops import Example, Sampling, example, read_crop
+from tomocpt_stream.calibration import calibrate
+from tomocpt_stream.crops import Example, Sampling, example
 from tomocpt_stream.errors import PlanError, SourceError
-from tomocpt_stream.evaluation import match
-from tomocpt_stream.peaks import find_peaks
+from tomocpt_stream.loop import learn
 from tomocpt_stream.phantom import PhantomOptions, simulate_phantom
 from tomocpt_stream.picks import Picks
 from tomocpt_stream.progress import Progress, silent
 from tomocpt_stream.shapes import BLOB, SHAPES_TRAIN
-from tomocpt_stream.training import Step, TrainOptions, ignore, train
+from tomocpt_stream.train_options import TrainOptions
 from tomocpt_stream.volume import ingest, open_volume
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
-    import numpy.typing as npt
-
+    from tomocpt_stream.loop import Listener
     from tomocpt_stream.picker import Picker
 
 # Seeds of validation tomograms start here; those of training start at 0.
 _HELD = 1_000_000
 _RADIUS = 10.0
-_THRESHOLDS = np.round(np.arange(0.05, 0.985, 0.01), 2)
 # Particles in 64 x 144 x 144 working voxels that pack without crowding.
 _DENSITY = 30 / (64 * 144 * 144)
 
@@ -96,8 +94,9 @@ def train_base(
     recipe: Recipe | None = None,
     start: Picker | None = None,
     workers: int = 2,
+    devices: int = 1,
     progress: Progress = silent,
-    on_step: Callable[[Step], None] = ignore,
+    listeners: Sequence[Listener] = (),
 ) -> Picker:
     """Return a picker trained on simulated tomograms alone; `folder` keeps them and the checkpoints.
 
@@ -127,63 +126,17 @@ def train_base(
     }
     if start is not None:
         record |= {"parent": start.fingerprint, "parent_provenance": start.metadata["provenance"]}
-    picker = train(
+    picker = learn(
         examples[: len(seeds)],
         validation=examples[len(seeds) :],
         options=recipe.options,
         folder=place / "run",
-        start=start,
+        start_from=start,
         provenance=record,
-        on_step=on_step,
+        devices=devices,
+        listeners=listeners,
     )
     return calibrate(picker, examples[len(seeds) :], provenance=record, progress=progress) if held else picker
-
-
-def calibrate(
-    picker: Picker,
-    examples: Sequence[Example],
-    *,
-    provenance: dict[str, Any] | None = None,
-    progress: Progress = silent,
-) -> Picker:
-    """Return the picker with its scores shifted so that 0.3 is its best threshold on `examples`.
-
-    Equation 9 weighs a particle's voxels some fifty times, so an answer of 0.3 is given where a particle
-    is unlikely. One constant on all logits moves the threshold of the highest F1 (all examples pooled,
-    matches within half a diameter) to the usual 0.3; no pick overtakes another.
-    """
-    counts = np.zeros((len(_THRESHOLDS), 3), dtype=np.int64)
-    for done, item in enumerate(examples):
-        picks = find_peaks(
-            _heatmap(picker, item), threshold=float(_THRESHOLDS[0]), min_distance=1.5 * _RADIUS
-        )
-        truth = Picks(item.centres, np.ones(len(item.centres), dtype=np.float32))
-        for row, threshold in enumerate(_THRESHOLDS):
-            found = match(picks.above(float(threshold)), truth, tolerance=_RADIUS)
-            counts[row] += (found.tp, found.fp, found.fn)
-        progress("calibrate", done + 1, len(examples))
-    tp, fp, fn = counts.T
-    scores = 2 * tp / np.maximum(1, 2 * tp + fp + fn)
-    # The middle of the plateau of the best thresholds.
-    best = float(np.median(_THRESHOLDS[scores >= scores.max() - 0.005]))
-    shift = math.log(0.3 / 0.7) - math.log(best / (1 - best))
-    record = {"threshold": best, "f1": float(scores.max()), "shift": shift}
-    return picker.shifted(shift, **(provenance or {}), calibration=record)
-
-
-def _heatmap(picker: Picker, item: Example) -> npt.NDArray[np.float32]:
-    """Return the whole map of one example, its windows cropped, in memory."""
-    window, shape = picker.window, item.volume.shape
-    sampling = Sampling(window=window, radius=_RADIUS)
-    scores = np.empty(shape, dtype=np.float32)
-    for index in np.ndindex(*window.lattice(shape)):
-        spans = [window.span(axis, k) for axis, k in enumerate(index)]
-        voxels, _ = read_crop(item, [start for start, _ in spans], sampling)
-        answer = picker.score(voxels[None])[0]
-        own = tuple(slice(h, n - h) for h, n in zip(window.halo, window.shape, strict=True))
-        target = scores[tuple(slice(k * s, (k + 1) * s) for k, s in zip(index, window.stride, strict=True))]
-        target[:] = answer[own][tuple(slice(0, n) for n in target.shape)]
-    return scores
 
 
 def prepare(

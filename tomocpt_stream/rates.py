@@ -15,7 +15,13 @@ if TYPE_CHECKING:
     from tomocpt_stream.progress import Tally
 
 # What the stages count that are not measured in voxels.
-_UNITS = {"simulate": "tomograms", "calibrate": "tomograms", "train": "steps", "contrast": "windows"}
+_UNITS = {
+    "simulate": "tomograms",
+    "calibrate": "tomograms",
+    "train": "steps",
+    "finetune": "steps",
+    "contrast": "windows",
+}
 
 
 @dataclass

@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+from tomocpt_stream.errors import CheckpointError
+from tomocpt_stream.runs import STATE, Run, claim
+from tomocpt_stream.train_options import Pace, TrainOptions
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+OPTIONS = TrainOptions(schedule="plateau", stop_after=3)
+
+
+def _run(folder: Path, options: TrainOptions = OPTIONS, seed: int = 0) -> Run:
+    torch.manual_seed(seed)
+    network, averaged = torch.nn.Linear(2, 1), torch.nn.Linear(2, 1)
+    optimiser = torch.optim.AdamW(network.parameters())
+    return Run(options, network, averaged, optimiser, folder, {"provenance": {}})
+
+
+def test_a_run_goes_on_with_all_that_it_had(tmp_path: Path) -> None:
+    run = _run(tmp_path)
+    run.resume()
+    assert run.step == 0
+    for _ in range(3):
+        run.optimiser.zero_grad()
+        run.network(torch.ones(1, 2)).sum().backward()
+        run.optimiser.step()
+    run.step = 7
+    for value in (0.5, 0.6, 0.7):
+        run.pace.look(value, OPTIONS)
+    run.pace.factor = 0.25
+    run.keep_state()
+
+    again = _run(tmp_path, seed=1)
+    assert not torch.equal(again.network.weight, run.network.weight)  # type: ignore[arg-type]
+    again.resume()
+    assert again.step == 7
+    assert again.pace == Pace(best=0.5, since_best=2, since_halved=2, factor=0.25)
+    for one, other in ((run.network, again.network), (run.averaged, again.averaged)):
+        assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+    kept, found = run.optimiser.state_dict()["state"], again.optimiser.state_dict()["state"]
+    assert torch.equal(kept[0]["exp_avg"], found[0]["exp_avg"])
+    # The third look without a lower loss ends it, as it would have without a kill.
+    again.pace.look(0.6, OPTIONS)
+    assert again.pace.over(OPTIONS)
+
+
+def test_a_state_of_another_run_is_refused(tmp_path: Path) -> None:
+    _run(tmp_path).keep_state()
+    with pytest.raises(CheckpointError, match="other options"):
+        _run(tmp_path, replace(OPTIONS, patience=7)).resume()
+    (tmp_path / STATE).write_bytes(b"no state")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        _run(tmp_path).resume()
+    torch.save([1, 2], tmp_path / STATE)
+    with pytest.raises(CheckpointError, match="other options"):
+        _run(tmp_path).resume()
+
+
+def test_a_folder_belongs_to_one_run(tmp_path: Path) -> None:
+    claim(tmp_path / "a", {"epochs": 2, "examples": ["x"]})
+    claim(tmp_path / "a", {"epochs": 2, "examples": ["x"]})
+    with pytest.raises(CheckpointError, match="differs in epochs"):
+        claim(tmp_path / "a", {"epochs": 3, "examples": ["x"]})
+    for text in ("{", "[]"):
+        (tmp_path / "a" / "run.json").write_text(text)
+        with pytest.raises(CheckpointError, match="choose another folder"):
+            claim(tmp_path / "a", {"epochs": 2, "examples": ["x"]})

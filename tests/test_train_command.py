@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from tomocpt_stream import curriculum, training
+from tomocpt_stream.__main__ import main
+from tomocpt_stream.augmentation import Augmentation
+
+
+@pytest.fixture(autouse=True)
+def somewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What the functions behind the commands were asked for; they train nothing."""
+    asked: dict[str, Any] = {}
+
+    class Trained:
+        def save(self, path: Path) -> None:
+            path.write_text("weights")
+
+    def stand_in(*first: Any, **settings: Any) -> Trained:
+        asked.update(settings, first=first)
+        return Trained()
+
+    monkeypatch.setattr(curriculum, "train_base", stand_in)
+    monkeypatch.setattr(training, "train", stand_in)
+    monkeypatch.setattr(training, "fine_tune", stand_in)
+    return asked
+
+
+def _run(words: str, code: int = 0) -> Result:
+    done = CliRunner().invoke(main, words.split())
+    assert done.exit_code == code, done.output
+    return done
+
+
+def _table() -> None:
+    Path("mine.csv").write_text("tomogram,picks,diameter\nTS_1.mrc,TS_1.star,100\nTS_2.mrc,TS_2.star,100\n")
+
+
+OUT = "--folder work --output mine.safetensors"
+
+
+def test_train_follows_the_recipe(seen: dict[str, Any]) -> None:
+    _run(f"train {OUT} --steps 7 --tomograms 5 --validation 2 --seed 3 --workers 1")
+    recipe = seen["recipe"]
+    assert (recipe.tomograms, recipe.validation, recipe.seed) == (5, 2, 3)
+    assert recipe.options == curriculum.base_options(steps=7, seed=3)
+    assert (seen["first"], seen["workers"], seen["devices"]) == ((Path("work"),), 1, 1)
+    assert Path("mine.safetensors").read_text() == "weights"
+
+
+def test_train_simulates_density_maps_and_goes_on_from_a_picker(seen: dict[str, Any]) -> None:
+    for folder, names in {"maps": ("b.mrc", "a.mrc", "notes.txt"), "held": ("c.mrc",), "none": ()}.items():
+        Path(folder).mkdir()
+        for name in names:
+            Path(folder, name).touch()
+    _run(f"train {OUT} --maps maps --held-maps held --picker base")
+    assert (seen["recipe"].maps, seen["recipe"].held_maps) == (("maps/a.mrc", "maps/b.mrc"), ("held/c.mrc",))
+    assert seen["start"].address == "base"
+    assert "none without a map" in _run(f"train {OUT} --maps none --held-maps held", code=1).stderr
+    assert "expected maps of different proteins" in _run(f"train {OUT} --maps maps", code=1).stderr
+
+
+def test_train_takes_a_table(seen: dict[str, Any]) -> None:
+    _table()
+    shown = _run(f"train --table mine.csv {OUT} --architecture paper --augment none --no-calibrate").output
+    assert "picker, trained on 2 tomograms -> mine.safetensors" in shown
+    assert [one.tomogram for one in seen["first"][0]] == ["TS_1.mrc", "TS_2.mrc"]
+    assert (seen["architecture"], seen["calibrate"], seen["augmentation"]) == ("paper", False, Augmentation())
+    # The paper's, where nothing else was asked for.
+    assert (seen["epochs"], seen["learning_rate"], seen["batch_size"]) == (150, 4e-4, 10)
+    assert (seen["schedule"], seen["patience"], seen["stop_after"]) == ("plateau", 6, 36)
+    assert (seen["weight_decay"], seen["average"], seen["precision"]) == (1e-10, 0.0, "float32")
+
+
+def test_fine_tuning_passes_its_options_on(seen: dict[str, Any]) -> None:
+    _table()
+    words = "--precision bfloat16 --average 0.99 --augment full --devices 2 --schedule plateau --stop-after 5"
+    _run(f"finetune mine.csv {OUT} {words}")
+    assert (seen["precision"], seen["average"], seen["devices"]) == ("bfloat16", 0.99, 2)
+    assert (seen["schedule"], seen["stop_after"], seen["calibrate"]) == ("plateau", 5, True)
+    assert seen["augmentation"].noise > 0
+    assert (seen["epochs"], seen["learning_rate"], seen["picker"]) == (20, 5e-5, "base")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--table mine.csv --steps 7 --workers 2", "--steps, --workers with --table"),
+        ("--epochs 7 --label binary", "--epochs, --label without --table"),
+        ("--no-calibrate", "--calibrate without --table"),
+    ],
+)
+def test_options_that_would_decide_nothing_are_refused(
+    seen: dict[str, Any], words: str, message: str
+) -> None:
+    _table()
+    assert message in _run(f"train {OUT} {words}", code=1).stderr
+    assert not seen
+
+
+def test_outputs_of_another_kind_or_in_the_way_are_refused(seen: dict[str, Any]) -> None:
+    _table()
+    for words in ("train --table mine.csv", "train", "finetune mine.csv"):
+        shown = _run(f"{words} --folder work --output mine.pt", code=1).stderr
+        assert "ends in .safetensors" in shown
+    Path("own.safetensors").touch()
+    words = "finetune mine.csv --folder work --output own.safetensors --picker own.safetensors"
+    assert "own.safetensors" in _run(words, code=1).stderr
+    assert not seen

@@ -1,0 +1,123 @@
+"""What a training run leaves in its folder, and how it goes on from there."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from tomocpt_stream.errors import CheckpointError
+from tomocpt_stream.network import build_network
+from tomocpt_stream.picker import Picker
+from tomocpt_stream.train_options import Pace
+from tomocpt_stream.whole import whole, write_whole
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from torch import nn
+
+    from tomocpt_stream.train_options import TrainOptions
+
+STATE_VERSION = 2
+
+BEST, LAST, STATE = "best.safetensors", "last.safetensors", "state.pt"
+
+
+@dataclass(eq=False)
+class Run:
+    """A run as it stands: weights, their average, optimiser, pace; its folder keeps all of them.
+
+    `metadata` is that of its pickers, but for the step and the validation loss in their provenance.
+    """
+
+    options: TrainOptions
+    network: nn.Module
+    averaged: nn.Module
+    optimiser: torch.optim.Optimizer
+    folder: Path
+    metadata: Mapping[str, Any]
+    pace: Pace = field(default_factory=Pace)
+    step: int = 0
+    """Steps done."""
+
+    def resume(self) -> None:
+        """Take up the state of the folder, if there is one; CheckpointError where it is of another run."""
+        path = self.folder / STATE
+        if not path.exists():
+            return
+        try:
+            # weights_only: tensors and plain data, no code.
+            state = torch.load(path, weights_only=True, map_location="cpu")
+        except Exception as error:  # torch raises whatever the unpickler of the day raises
+            raise self._other(f"a state that cannot be read ({error})") from error
+        if not isinstance(state, dict) or state.get("run") != self._name():
+            raise self._other("the state of a run with other options")
+        self.network.load_state_dict(state["network"])
+        self.averaged.load_state_dict(state["averaged"])
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.pace, self.step = Pace(**state["pace"]), state["step"]
+
+    def keep(self, validation: float | None, *, best: bool) -> None:
+        """Write the pickers, then the state, each whole or not at all; `best`: this is the best picker."""
+        picker = self._picker(validation)
+        if best:
+            picker.save(self.folder / BEST)
+        picker.save(self.folder / LAST)
+        self.keep_state()
+
+    def keep_state(self) -> None:
+        """Write the state, from which a run that was killed goes on."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        state = {
+            "run": self._name(),
+            "step": self.step,
+            "pace": asdict(self.pace),
+            "network": self.network.state_dict(),
+            "averaged": self.averaged.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+        }
+        with whole(self.folder / STATE) as temporary:
+            torch.save(state, temporary)
+
+    def _picker(self, validation: float | None) -> Picker:
+        copy = build_network(self.options.architecture)
+        copy.load_state_dict(self.averaged.state_dict())
+        provenance = self.metadata["provenance"] | {"step": self.step, "validation_loss": validation}
+        return Picker(copy, {**self.metadata, "provenance": provenance})
+
+    def _name(self) -> str:
+        text = json.dumps({"version": STATE_VERSION, "options": self.options.to_json()}, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def _other(self, found: str) -> CheckpointError:
+        return CheckpointError(
+            f"{self.folder} holds {found}",
+            expected="no state, or one of a run with these options",
+            remedy="choose another folder, or remove this one to start again",
+        )
+
+
+def claim(folder: Path, record: Mapping[str, Any]) -> None:
+    """Write down what the run in `folder` is, or raise CheckpointError where it is that of another run."""
+    path = folder / "run.json"
+    wanted = json.loads(json.dumps(dict(record)))
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(path, json.dumps(wanted, indent=1))
+        return
+    try:
+        there = json.loads(path.read_text())
+    except ValueError:
+        there = {}
+    if there != wanted:
+        differing = [key for key in wanted if not isinstance(there, dict) or there.get(key) != wanted[key]]
+        raise CheckpointError(
+            f"{folder} holds a run that differs in {', '.join(differing) or 'more than is asked for'}",
+            expected="an empty folder, or one of a run on the same examples with the same options",
+            remedy="choose another folder",
+        )

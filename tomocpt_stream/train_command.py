@@ -1,0 +1,299 @@
+"""`tomocpt-stream train` and `finetune`: a picker from nothing, and one that learns on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from click.core import ParameterSource
+
+from tomocpt_stream.errors import PlanError
+from tomocpt_stream.terminal import count, show_progress
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from tomocpt_stream.augmentation import Augmentation
+    from tomocpt_stream.labelled import LabelledTomogram
+    from tomocpt_stream.loop import Step
+    from tomocpt_stream.picker import Picker
+    from tomocpt_stream.progress import Progress
+
+_POSITIVE = click.FloatRange(min=0, min_open=True)
+_NOT_NEGATIVE = click.FloatRange(min=0)
+_FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
+_TABLE = click.Path(exists=True, dir_okay=False, path_type=Path)
+# What is asked of simulated tomograms and what of a table; neither has a meaning for the other.
+_OF_PHANTOMS = ("steps", "tomograms", "validation", "workers", "maps", "held_maps", "picker")
+_OF_BOTH = ("table", "folder", "output", "seed", "devices")
+
+
+def _run_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options of every run."""
+    options = [
+        click.option(
+            "--folder",
+            type=click.Path(file_okay=False, path_type=Path),
+            required=True,
+            metavar="DIR",
+            help="Keeps working volumes and checkpoints; run again, training goes on from there.",
+        ),
+        click.option(
+            "--output",
+            type=click.Path(dir_okay=False, path_type=Path),
+            required=True,
+            metavar="FILE.safetensors",
+            help="The trained picker.",
+        ),
+        click.option(
+            "--seed", type=click.IntRange(min=0), default=0, help="Of weights, crops and what is kept aside."
+        ),
+        click.option(
+            "--devices",
+            type=click.IntRange(min=1),
+            default=1,
+            help="GPUs that share the crops of a step; takes the package lightning if more than 1.",
+        ),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def _table_options(
+    *, epochs: int, learning_rate: float, batch_size: int, schedule: str, stop_after: int
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Return what adds the options of a run on a table, with its defaults."""
+    options = [
+        click.option(
+            "--epochs", type=click.IntRange(min=1), default=epochs, help="Times that every particle is seen."
+        ),
+        click.option(
+            "--learning-rate", type=_POSITIVE, default=learning_rate, help="Highest rate of the optimiser."
+        ),
+        click.option(
+            "--schedule",
+            type=click.Choice(["plateau", "cosine", "constant"]),
+            default=schedule,
+            help="plateau: the rate is halved when the validation loss has not fallen for --patience epochs.",
+        ),
+        click.option("--patience", type=click.IntRange(min=1), default=6, help="Epochs, for plateau."),
+        click.option(
+            "--stop-after",
+            type=click.IntRange(min=0),
+            default=stop_after,
+            help="End when the validation loss has not fallen for so many epochs; 0: never.",
+        ),
+        click.option("--weight-decay", type=_NOT_NEGATIVE, default=1e-10, help="Of AdamW."),
+        click.option("--batch-size", type=click.IntRange(min=1), default=batch_size, help="Crops a step."),
+        click.option(
+            "--average",
+            type=click.FloatRange(0, 1, max_open=True),
+            default=0.0,
+            help="Decay a step of a running average of the weights, such as 0.99; 0: none.",
+        ),
+        click.option(
+            "--precision",
+            type=click.Choice(["float32", "bfloat16"]),
+            default="float32",
+            help="Of the network's multiplications; bfloat16 is faster where the processor has it.",
+        ),
+        click.option(
+            "--augment",
+            type=click.Choice(["none", "turns", "full"]),
+            default="turns",
+            help="turns: flips and 90° about the beam; full: intensities, noise and blur as well.",
+        ),
+        click.option(
+            "--calibrate/--no-calibrate",
+            default=True,
+            help="Shift the scores so that 0.3 is the best threshold on what is kept aside.",
+        ),
+    ]
+
+    def add(command: Callable[..., Any]) -> Callable[..., Any]:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
+
+
+@click.command("finetune", short_help="Train a picker on, with your own tomograms.")
+@click.argument("table", type=_TABLE, metavar="TABLE.csv")
+@click.option("--picker", default="base", metavar="NAME|FILE", help="The picker to begin with.")
+@_run_options
+@_table_options(epochs=20, learning_rate=5e-5, batch_size=4, schedule="cosine", stop_after=0)
+def finetune_command(table: Path, output: Path, augment: str, **settings: Any) -> None:
+    """Train a picker on with the tomograms and picks of TABLE.csv.
+
+    Its columns: tomogram, picks (any format that convert reads), diameter (longest axis, Å), and where
+    wanted contrast (dark or bright), particle (one kind of a file that has several) and group (tomograms
+    that validation must not part). Paths are relative to the table. Every particle of the kind should be
+    in the picks: what is not there is learnt as background.
+    """
+    from tomocpt_stream.training import fine_tune
+
+    own = [] if settings["picker"] == "base" else [settings["picker"]]
+    examples = _examples(table, output, own)
+
+    def made(progress: Progress, on_step: Callable[[Step], None]) -> Picker:
+        changes = _augmentation(augment)
+        return fine_tune(examples, augmentation=changes, progress=progress, on_step=on_step, **settings)
+
+    _write(made, output, "finetune", f"picker, fine-tuned on {count(len(examples), 'tomogram')}")
+
+
+@click.command("train", short_help="Train a picker from nothing.")
+@click.option(
+    "--table",
+    type=_TABLE,
+    metavar="TABLE.csv",
+    help="Your own tomograms, as for finetune.  [default: simulated ones]",
+)
+@_run_options
+@click.option(
+    "--architecture",
+    type=click.Choice(["small", "paper"]),
+    default="small",
+    help="With --table: 4.6 million weights, or the paper's 41 million.",
+)
+@click.option(
+    "--label", type=click.Choice(["gaussian", "binary"]), default="gaussian", help="What is learnt."
+)
+@click.option("--particle-radius", type=_POSITIVE, default=10.0, help="Radius in working voxels.")
+@_table_options(epochs=150, learning_rate=4e-4, batch_size=10, schedule="plateau", stop_after=36)
+@click.option(
+    "--steps", type=click.IntRange(min=1), default=3000, help="Without --table: steps of the optimiser."
+)
+@click.option(
+    "--tomograms", type=click.IntRange(min=1), default=200, help="Simulated tomograms to learn from."
+)
+@click.option(
+    "--validation", type=click.IntRange(min=1), default=12, help="More of them, to choose the best by."
+)
+@click.option("--workers", type=click.IntRange(min=1), default=2, help="Tomograms simulated at once.")
+@click.option(
+    "--maps", type=_FOLDER, metavar="DIR", help="Density maps (.mrc) that simulated tomograms also hold."
+)
+@click.option(
+    "--held-maps", type=_FOLDER, metavar="DIR", help="Those of --validation, of other proteins than --maps."
+)
+@click.option("--picker", metavar="NAME|FILE", help="Go on from this picker on simulated tomograms.")
+@click.pass_context
+def train_command(context: click.Context, /, table: Path | None, output: Path, **settings: Any) -> None:
+    """Train a picker from nothing: on your own tomograms with --table, else on simulated ones.
+
+    With --table the options up to --calibrate hold, whose defaults are the paper's; every particle of the
+    kind should be in the picks. Without it, the recipe of the shipped picker: tomograms of many shapes,
+    and --steps with the options after it hold.
+    """
+    _refuse_idle(context, table)
+    if table is None:
+        phantoms = {name: settings[name] for name in (*_OF_PHANTOMS, "folder", "seed", "devices")}
+        _write(lambda *told: _base(*told, **phantoms), output, "train", "picker")
+        return
+    from tomocpt_stream.training import train
+
+    examples = _examples(table, output, [])
+    changes = _augmentation(settings.pop("augment"))
+    chosen = {name: value for name, value in settings.items() if name not in _OF_PHANTOMS}
+
+    def made(progress: Progress, on_step: Callable[[Step], None]) -> Picker:
+        return train(examples, augmentation=changes, progress=progress, on_step=on_step, **chosen)
+
+    _write(made, output, "train", f"picker, trained on {count(len(examples), 'tomogram')}")
+
+
+def _base(
+    progress: Progress, on_step: Callable[[Step], None], *, folder: Path, devices: int, **settings: Any
+) -> Picker:
+    """Return a picker trained by the recipe of the shipped one."""
+    from tomocpt_stream.curriculum import Recipe, base_options, train_base
+    from tomocpt_stream.loop import OnStep
+    from tomocpt_stream.picker import load_picker
+
+    options = base_options(steps=settings.pop("steps"), seed=settings["seed"])
+    workers, picker = settings.pop("workers"), settings.pop("picker")
+    maps, held_maps = _maps(settings.pop("maps")), _maps(settings.pop("held_maps"))
+    return train_base(
+        folder,
+        recipe=Recipe(**settings, maps=maps, held_maps=held_maps, options=options),
+        start=None if picker is None else load_picker(picker),
+        workers=workers,
+        devices=devices,
+        progress=progress,
+        listeners=[OnStep(on_step)],
+    )
+
+
+def _maps(folder: Path | None) -> tuple[str, ...]:
+    """Return the maps of a folder, by name."""
+    if folder is None:
+        return ()
+    found = sorted(str(path) for path in folder.glob("*.mrc"))
+    if not found:
+        raise PlanError(
+            f"{folder} without a map", expected="files that end in .mrc", remedy="choose another folder"
+        )
+    return tuple(found)
+
+
+def _refuse_idle(context: click.Context, table: Path | None) -> None:
+    """Refuse options that would decide nothing."""
+    given = {
+        name for name in context.params if context.get_parameter_source(name) is ParameterSource.COMMANDLINE
+    }
+    idle = given & set(_OF_PHANTOMS) if table is not None else given - {*_OF_PHANTOMS, *_OF_BOTH}
+    if idle:
+        names = ", ".join(sorted(f"--{name.replace('_', '-')}" for name in idle))
+        raise PlanError(
+            f"{names} {'with' if table is not None else 'without'} --table",
+            expected="options of a run on simulated tomograms, or of one on a table",
+            remedy="leave them out" if table is not None else "give --table, or leave them out",
+        )
+
+
+def _examples(table: Path, output: Path, others: list[str]) -> list[LabelledTomogram]:
+    """Return the tomograms of a table, none of whose files the output would overwrite."""
+    from tomocpt_stream.destinations import refuse_overwriting
+    from tomocpt_stream.labelled import read_table
+
+    _refuse_name(output)
+    examples = read_table(table)
+    inputs = [str(path) for one in examples for path in (one.tomogram, one.picks)]
+    refuse_overwriting([str(table), *inputs, *others], output)
+    return examples
+
+
+def _refuse_name(output: Path) -> None:
+    if output.suffix != ".safetensors":
+        raise PlanError(
+            f"the output {output}", expected="a name that ends in .safetensors", remedy="rename it"
+        )
+
+
+def _augmentation(name: str) -> Augmentation:
+    from tomocpt_stream.augmentation import Augmentation
+
+    if name == "full":
+        return Augmentation(turns=True, scale=0.15, shift=0.1, noise=0.2, blur=1.0, sharpen=0.5)
+    return Augmentation(turns=name == "turns")
+
+
+def _write(
+    made: Callable[[Progress, Callable[[Step], None]], Picker], output: Path, stage: str, what: str
+) -> None:
+    """Make a picker, showing how it comes along, and write it."""
+    _refuse_name(output)
+    with show_progress() as progress:
+
+        def listen(step: Step) -> None:
+            progress(stage, step.step, step.steps)
+            if step.validation is not None:
+                click.echo(f"step {step.step}: loss {step.loss:.5f}, validation {step.validation:.5f}")
+
+        picker = made(progress, listen)
+    picker.save(output)
+    click.echo(f"{what} -> {output}")
