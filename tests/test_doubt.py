@@ -17,13 +17,14 @@ from tomocpt_stream.epochs import Epochs
 from tomocpt_stream.evaluation import match
 from tomocpt_stream.heatmap import PickOptions
 from tomocpt_stream.labelled import LabelledTomogram, open_labelled
+from tomocpt_stream.loop import learn
 from tomocpt_stream.network import build_network, named_architecture
 from tomocpt_stream.picker import Picker, picker_metadata
 from tomocpt_stream.picks import Picks
 from tomocpt_stream.pipeline import pick
 from tomocpt_stream.targets import paint_box
 from tomocpt_stream.tomogram import open_tomogram
-from tomocpt_stream.training import TrainOptions, train
+from tomocpt_stream.train_options import TrainOptions
 from tomocpt_stream.volume import ingest
 
 if TYPE_CHECKING:
@@ -227,7 +228,7 @@ def _learnt_f1(folder: Path, share: float, *, partial: bool) -> float:
         average=0.9,
     )
     learnt = Epochs([one.ingest(folder) for one in opened], sampling)
-    picker = train(learnt, options=options, folder=folder / "run")
+    picker = learn(learnt, options=options, folder=folder / "run")
     voxels, truth = _field(100)
     found = pick(
         open_tomogram(voxels, voxel_size=10.0), picker, PickOptions(100.0, threshold=0.5, contrast="dark")

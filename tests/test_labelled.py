@@ -295,3 +295,15 @@ def test_others_of_a_file_without_other_kinds_are_refused(tmp_path: Path, picker
     item = LabelledTomogram(_write(tmp_path), tmp_path / "one.csv", 80.0, particle="a", others="*")
     with pytest.raises(FormatError, match=r"no other particles of 'TS_1' in .*one\.csv.*kinds 'a'"):
         open_labelled([item], picker)
+
+
+def test_a_volume_is_sampled_as_for_the_picker_that_learns_on(tmp_path: Path, picker: Picker) -> None:
+    theirs = Picker(
+        build_network(picker.metadata["architecture"]), picker.metadata | {"resampling": "tomocpt"}
+    )
+    item = LabelledTomogram(_write(tmp_path), _picks(voxel_size=5.0), 80.0)
+    (ours,), (other,) = (open_labelled([item], one) for one in (picker, theirs))
+    assert ours.fingerprint != other.fingerprint
+    volumes = [one.ingest(tmp_path / "volumes").volume for one in (ours, other)]
+    assert [volume.rule for volume in volumes] == ["bspline", "tomocpt"]  # type: ignore[attr-defined]
+    assert volumes[1].shape == other.grid.shape

@@ -42,9 +42,10 @@ def calibrate(
 
     Equation 9 weighs a particle's voxels some fifty times, so an answer of 0.3 is given where a particle
     is unlikely. One constant on all logits moves the threshold of the highest F1 (all examples pooled,
-    matches within half a diameter) to the usual 0.3; no pick overtakes another. What lies outside
-    an example, or where nothing is known of it, counts neither way. With fewer than 10 particles, or none of them found, the
-    scores stay; the log and the provenance say so. The map of one example at a time is held in memory.
+    matches within half a diameter) to the usual 0.3; no pick overtakes another. What lies outside an
+    example, or where nothing is known of it, counts neither way. With fewer than 10 particles, or none of
+    them found, the scores stay; the log and the provenance say so. The map of one example at a time is
+    held in memory.
     """
     counts = np.zeros((len(_THRESHOLDS), 3), dtype=np.int64)
     particles = sum(int(_inside(item).sum()) for item in examples)

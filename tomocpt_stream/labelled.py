@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Iterable, Iterator
 
-    from tomocpt_stream.frame import Grid, Points
+    from tomocpt_stream.frame import Grid, Points, Rule
     from tomocpt_stream.heatmap import Contrast, Scorer
     from tomocpt_stream.known import Annotated, Region
     from tomocpt_stream.picker import Picker
@@ -169,6 +169,8 @@ class Opened:
     contrast: Contrast = "dark"
     radius: float = 10.0
     """Of the particle, working voxels."""
+    rule: Rule = "bspline"
+    """How the working grid is sampled."""
 
     def ingest(self, folder: Path, *, scorer: Scorer | None = None, progress: Progress = silent) -> Example:
         """Return the example, its working volume streamed into `folder` unless it is there already.
@@ -176,8 +178,9 @@ class Opened:
         Of partial picks the candidates that none explains are its doubtful places: those of the map of
         `scorer`, which is kept in `folder`, or where it is None those that look like the mean particle.
         """
-        place = folder / scratch_folder(self.tomogram, self.grid)
-        volume = ingest(self.tomogram, place / VOLUME, voxel_size=self.grid.voxel_size, progress=progress)
+        place = folder / scratch_folder(self.tomogram, self.grid, self.rule)
+        store, size = place / VOLUME, self.grid.voxel_size
+        volume = ingest(self.tomogram, store, voxel_size=size, rule=self.rule, progress=progress)
         made = replace(
             example(volume, self.picks, negate=self.negate),
             annotated=self.region,
@@ -318,6 +321,7 @@ def _open(item: LabelledTomogram, picker: Picker) -> Opened:
         made["others"] = hashlib.sha256(others.tobytes()).hexdigest()
     made |= {"partial": True} if item.partial else {}
     made |= {"weight": item.weight} if item.weight != 1 else {}
+    made |= {"rule": picker.rule} if picker.rule != "bspline" else {}
     group = item.group or f"{tomogram.name} ({config_hash(tomogram.fingerprint)[:6]})"
     opened = Opened(
         tomogram,
@@ -332,6 +336,7 @@ def _open(item: LabelledTomogram, picker: Picker) -> Opened:
         item.weight,
         "bright" if item.contrast == "bright" else "dark",
         picker.particle_radius,
+        picker.rule,
     )
     _refuse_nowhere(opened)
     return opened
