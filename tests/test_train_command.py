@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from tomocpt_stream import curriculum, training
+from tomocpt_stream import curriculum, train_command, training
 from tomocpt_stream.__main__ import main
 from tomocpt_stream.augmentation import Augmentation
 
@@ -81,6 +81,34 @@ def test_train_takes_a_table(seen: dict[str, Any]) -> None:
     assert (seen["weight_decay"], seen["average"], seen["precision"]) == (1e-10, 0.0, "float32")
 
 
+@pytest.mark.parametrize("command", ["finetune", "train"])
+def test_tomograms_of_the_portal_join_those_of_a_table(
+    seen: dict[str, Any], monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    asked: list[Any] = []
+
+    def found(settings: dict[str, Any], output: Path, *, particle_radius: float) -> list[Any]:
+        portal, *_ = (settings.pop(name) for name in ("portal", "truth", "refresh", "offline"))
+        asked.append((portal, output, particle_radius))
+        return ["from the portal"] * len(portal)
+
+    monkeypatch.setattr(train_command, "portal_examples", found)
+    _table()
+    table = "mine.csv" if command == "finetune" else "--table mine.csv --particle-radius 8"
+    _run(f"{command} {table} {OUT} --portal dataset=10003")
+    assert len(seen["first"][0]) == 3
+    assert seen["first"][0][-1] == "from the portal"
+    assert asked == [(("dataset=10003",), Path("mine.safetensors"), 10.0 if command == "finetune" else 8.0)]
+    _run(f"{command} {OUT} --portal dataset=10003")
+    assert seen["first"][0] == ["from the portal"]
+    assert "portal" not in seen
+
+
+def test_fine_tuning_without_tomograms_is_refused(seen: dict[str, Any]) -> None:
+    assert "Give TABLE.csv or --portal" in _run(f"finetune {OUT}", code=2).stderr
+    assert not seen
+
+
 def test_fine_tuning_passes_its_options_on(seen: dict[str, Any]) -> None:
     _table()
     words = "--precision bfloat16 --average 0.99 --augment full --devices 2 --schedule plateau --stop-after 5"
@@ -94,9 +122,9 @@ def test_fine_tuning_passes_its_options_on(seen: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--table mine.csv --steps 7 --workers 2", "--steps, --workers with --table"),
-        ("--epochs 7 --label binary", "--epochs, --label without --table"),
-        ("--no-calibrate", "--calibrate without --table"),
+        ("--table mine.csv --steps 7 --workers 2", "--steps, --workers with --table or --portal"),
+        ("--epochs 7 --label binary", "--epochs, --label without --table or --portal"),
+        ("--no-calibrate", "--calibrate without --table or --portal"),
     ],
 )
 def test_options_that_would_decide_nothing_are_refused(

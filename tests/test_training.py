@@ -13,6 +13,7 @@ from tomocpt_stream import loop
 from tomocpt_stream.__main__ import main
 from tomocpt_stream.augmentation import Augmentation
 from tomocpt_stream.blocks import Window
+from tomocpt_stream.diary import read_curves
 from tomocpt_stream.errors import CheckpointError, PlanError, SourceError
 from tomocpt_stream.evaluation import match
 from tomocpt_stream.formats import write_picks
@@ -106,6 +107,11 @@ def test_two_runs_are_equal_and_a_killed_one_goes_on(tmp_path: Path) -> None:
         (step.step, step.loss, step.validation) for step in whole
     ]
     assert resumed.fingerprint == unbroken.fingerprint
+    # Each of them kept a diary, and the killed one has no step twice.
+    one, other = (read_curves(tmp_path / name / "curves.csv") for name in ("whole", "killed"))
+    assert list(one["step"]) == list(other["step"]) == [step.step for step in whole]
+    np.testing.assert_array_equal(one["validation"], other["validation"])
+    assert (tmp_path / "killed" / "looks" / "step_000000.png").exists()
     weights = [load_picker(tmp_path / name / "run" / "last.safetensors") for name in ("whole", "killed")]
     assert weights[0].fingerprint == weights[1].fingerprint
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,7 @@ import click
 from click.core import ParameterSource
 
 from tomocpt_stream.errors import PlanError
+from tomocpt_stream.portal_option import portal_examples, portal_options
 from tomocpt_stream.terminal import count, show_progress
 
 if TYPE_CHECKING:
@@ -37,7 +39,7 @@ def _run_options(command: Callable[..., Any]) -> Callable[..., Any]:
             type=click.Path(file_okay=False, path_type=Path),
             required=True,
             metavar="DIR",
-            help="Keeps working volumes and checkpoints; run again, training goes on from there.",
+            help="Keeps working volumes, checkpoints, curves and pictures; run again, it goes on from there.",
         ),
         click.option(
             "--output",
@@ -121,22 +123,25 @@ def _table_options(
 
 
 @click.command("finetune", short_help="Train a picker on, with your own tomograms.")
-@click.argument("table", type=_TABLE, metavar="TABLE.csv")
+@click.argument("table", type=_TABLE, metavar="[TABLE.csv]", required=False)
+@portal_options
 @click.option("--picker", default="base", metavar="NAME|FILE", help="The picker to begin with.")
 @_run_options
 @_table_options(epochs=20, learning_rate=5e-5, batch_size=4, schedule="cosine", stop_after=0)
-def finetune_command(table: Path, output: Path, augment: str, **settings: Any) -> None:
-    """Train a picker on with the tomograms and picks of TABLE.csv.
+def finetune_command(table: Path | None, output: Path, augment: str, **settings: Any) -> None:
+    """Train a picker on with the tomograms and picks of TABLE.csv, of the portal (--portal), or of both.
 
-    Its columns: tomogram, picks (any format that convert reads), diameter (longest axis, Å), and where
-    wanted contrast (dark or bright), particle (one kind of a file that has several) and group (tomograms
-    that validation must not part). Paths are relative to the table. Every particle of the kind should be
-    in the picks: what is not there is learnt as background.
+    Columns of the table: tomogram, picks (any format that convert reads), diameter (longest axis, Å), and
+    where wanted contrast (dark or bright), particle (one kind of a file that has several) and group
+    (tomograms that validation must not part). Paths are relative to the table. Every particle of the kind
+    should be in the picks: what is not there is learnt as background.
     """
     from tomocpt_stream.training import fine_tune
 
     own = [] if settings["picker"] == "base" else [settings["picker"]]
-    examples = _examples(table, output, own)
+    examples = _examples(table, output, own, settings)
+    if not examples:
+        raise click.UsageError("Give TABLE.csv or --portal: tomograms to learn from.")
 
     def made(progress: Progress, on_step: Callable[[Step], None]) -> Picker:
         changes = _augmentation(augment)
@@ -150,8 +155,9 @@ def finetune_command(table: Path, output: Path, augment: str, **settings: Any) -
     "--table",
     type=_TABLE,
     metavar="TABLE.csv",
-    help="Your own tomograms, as for finetune.  [default: simulated ones]",
+    help="Your own tomograms, as for finetune.  [default, without --portal: simulated ones]",
 )
+@portal_options
 @_run_options
 @click.option(
     "--architecture",
@@ -185,18 +191,19 @@ def finetune_command(table: Path, output: Path, augment: str, **settings: Any) -
 def train_command(context: click.Context, /, table: Path | None, output: Path, **settings: Any) -> None:
     """Train a picker from nothing: on your own tomograms with --table, else on simulated ones.
 
-    With --table the options up to --calibrate hold, whose defaults are the paper's; every particle of the
-    kind should be in the picks. Without it, the recipe of the shipped picker: tomograms of many shapes,
-    and --steps with the options after it hold.
+    With --table or --portal the options up to --calibrate hold, whose defaults are the paper's; every
+    particle of the kind should be in the picks. Without them, the recipe of the shipped picker: tomograms
+    of many shapes, and --steps with the options after it hold.
     """
-    _refuse_idle(context, table)
-    if table is None:
+    own = table is not None or bool(settings["portal"])
+    _refuse_idle(context, own=own)
+    if not own:
         phantoms = {name: settings[name] for name in (*_OF_PHANTOMS, "folder", "seed", "devices")}
         _write(lambda *told: _base(*told, **phantoms), output, "train", "picker")
         return
     from tomocpt_stream.training import train
 
-    examples = _examples(table, output, [])
+    examples = _examples(table, output, [], settings)
     changes = _augmentation(settings.pop("augment"))
     chosen = {name: value for name, value in settings.items() if name not in _OF_PHANTOMS}
 
@@ -211,21 +218,23 @@ def _base(
 ) -> Picker:
     """Return a picker trained by the recipe of the shipped one."""
     from tomocpt_stream.curriculum import Recipe, base_options, train_base
+    from tomocpt_stream.diary import Diary
     from tomocpt_stream.loop import OnStep
     from tomocpt_stream.picker import load_picker
 
     options = base_options(steps=settings.pop("steps"), seed=settings["seed"])
     workers, picker = settings.pop("workers"), settings.pop("picker")
     maps, held_maps = _maps(settings.pop("maps")), _maps(settings.pop("held_maps"))
-    return train_base(
-        folder,
-        recipe=Recipe(**settings, maps=maps, held_maps=held_maps, options=options),
-        start=None if picker is None else load_picker(picker),
-        workers=workers,
-        devices=devices,
-        progress=progress,
-        listeners=[OnStep(on_step)],
-    )
+    with closing(Diary(folder)) as diary:
+        return train_base(
+            folder,
+            recipe=Recipe(**settings, maps=maps, held_maps=held_maps, options=options),
+            start=None if picker is None else load_picker(picker),
+            workers=workers,
+            devices=devices,
+            progress=progress,
+            listeners=[diary, OnStep(on_step)],
+        )
 
 
 def _maps(folder: Path | None) -> tuple[str, ...]:
@@ -240,31 +249,35 @@ def _maps(folder: Path | None) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _refuse_idle(context: click.Context, table: Path | None) -> None:
+def _refuse_idle(context: click.Context, *, own: bool) -> None:
     """Refuse options that would decide nothing."""
     given = {
         name for name in context.params if context.get_parameter_source(name) is ParameterSource.COMMANDLINE
     }
-    idle = given & set(_OF_PHANTOMS) if table is not None else given - {*_OF_PHANTOMS, *_OF_BOTH}
+    idle = given & set(_OF_PHANTOMS) if own else given - {*_OF_PHANTOMS, *_OF_BOTH}
     if idle:
         names = ", ".join(sorted(f"--{name.replace('_', '-')}" for name in idle))
         raise PlanError(
-            f"{names} {'with' if table is not None else 'without'} --table",
-            expected="options of a run on simulated tomograms, or of one on a table",
-            remedy="leave them out" if table is not None else "give --table, or leave them out",
+            f"{names} {'with' if own else 'without'} --table or --portal",
+            expected="options of a run on simulated tomograms, or of one on your own",
+            remedy="leave them out" if own else "give --table or --portal, or leave them out",
         )
 
 
-def _examples(table: Path, output: Path, others: list[str]) -> list[LabelledTomogram]:
-    """Return the tomograms of a table, none of whose files the output would overwrite."""
+def _examples(
+    table: Path | None, output: Path, others: list[str], settings: dict[str, Any]
+) -> list[LabelledTomogram]:
+    """Return the tomograms of a table and of the portal; the output overwrites none of the files."""
     from tomocpt_stream.destinations import refuse_overwriting
     from tomocpt_stream.labelled import read_table
 
     _refuse_name(output)
-    examples = read_table(table)
+    examples = [] if table is None else read_table(table)
     inputs = [str(path) for one in examples for path in (one.tomogram, one.picks)]
-    refuse_overwriting([str(table), *inputs, *others], output)
-    return examples
+    inputs += [] if table is None else [str(table)]
+    refuse_overwriting([*inputs, *settings["truth"], *others], output)
+    radius = settings.get("particle_radius", 10.0)
+    return examples + portal_examples(settings, output, particle_radius=radius)
 
 
 def _refuse_name(output: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from tomocpt_stream.augmentation import Augmentation
 from tomocpt_stream.blocks import Window
 from tomocpt_stream.calibration import calibrate as calibrated
 from tomocpt_stream.crops import Sampling
+from tomocpt_stream.diary import Diary
 from tomocpt_stream.epochs import Epochs, Split, split
 from tomocpt_stream.errors import SourceError
 from tomocpt_stream.labelled import open_labelled
@@ -120,13 +122,14 @@ def fine_tune(  # noqa: PLR0913  (a run is decided by what is asked here, and by
 
     An epoch is every crop with a particle once, and as many without. From five tomograms on a fifth of
     them is kept for validation, with fewer a slab of each; the log says which. Without augmentation given,
-    crops are flipped and turned by 90° about the beam. `folder` keeps working volumes and checkpoints (one
-    an epoch), and a run that was killed goes on there to the same picker. The rates rise over the first
-    steps, a tenth of all and at most 50, and then fall as a cosine ("plateau": are halved after `patience`
-    epochs without a lower validation loss). `stop_after` ends the run after so many such epochs; 0 does
-    not. `average` is the decay of a running average of the weights, 0 for none. `calibrate` shifts the
-    scores so that 0.3 is the best threshold on the validation parts, if they have 10 particles. `devices`
-    GPUs (without any: processes) divide the crops of a step among them; that takes the package lightning.
+    crops are flipped and turned by 90° about the beam. `folder` keeps working volumes, checkpoints (one
+    an epoch), curves and pictures; a run that was killed goes on there to the same picker. The rates rise
+    over the first steps, a tenth of all and at most 50, and then fall as a cosine ("plateau": are halved
+    after `patience` epochs without a lower validation loss). `stop_after` ends the run after so many such
+    epochs; 0 does not. `average` is the decay of a running average of the weights, 0 for none.
+    `calibrate` shifts the scores so that 0.3 is the best threshold on the validation parts, if they have
+    10 particles. `devices` GPUs (without any: processes) divide the crops of a step among them; that
+    takes the package lightning.
 
     Raises
     ------
@@ -217,17 +220,18 @@ def _train(
     held = _held(parted, asked.options.sampling, seed)
     options = _stepped(asked.options, learnt, held)
     _say(parted, learnt, held, options)
-    listeners: list[Listener] = [] if on_step is None else [OnStep(on_step)]
-    picker = learn(
-        learnt,
-        validation=held or (),
-        options=options,
-        folder=asked.folder / "run",
-        start_from=asked.first if asked.tuning else None,
-        provenance=asked.record | record | _names(opened, learnt, held, parted),
-        devices=asked.devices,
-        listeners=listeners,
-    )
+    told: list[Listener] = [] if on_step is None else [OnStep(on_step)]
+    with closing(Diary(asked.folder)) as diary:
+        picker = learn(
+            learnt,
+            validation=held or (),
+            options=options,
+            folder=asked.folder / "run",
+            start_from=asked.first if asked.tuning else None,
+            provenance=asked.record | record | _names(opened, learnt, held, parted),
+            devices=asked.devices,
+            listeners=[diary, *told],
+        )
     unchanged = asked.tuning and picker.fingerprint == asked.first.fingerprint
     if not asked.calibrate or held is None or unchanged:
         return picker
