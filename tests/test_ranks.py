@@ -129,6 +129,26 @@ def test_what_another_device_fails_of_is_raised_here(tmp_path: Path) -> None:
     assert not (tmp_path / "state.pt").exists()
 
 
+class _Unreadable:
+    """What no new process can read, as a script without a guard."""
+
+    def __call__(self, ranks: Ranks) -> None:
+        raise AssertionError
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (_fail, ())
+
+
+def _fail() -> None:
+    raise RuntimeError("cannot be read here")
+
+
+@pytest.mark.slow
+def test_a_process_that_ends_at_its_start_is_not_waited_for() -> None:
+    with pytest.raises(PlanError, match="ended at its start"), start(2, _Unreadable()):
+        raise AssertionError
+
+
 def test_one_device_needs_no_company() -> None:
     with start(1, partial(_unasked)) as ranks:
         assert (ranks.rank, ranks.count) == (0, 1)

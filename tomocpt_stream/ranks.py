@@ -16,6 +16,7 @@ import warnings
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from multiprocessing import get_context, parent_process
+from multiprocessing.connection import wait
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 # A rank waits so long for another one. Crops that come from afar may take their time.
 _PATIENCE = timedelta(hours=1)
+_READY = b"ready"
 _FAREWELL = 60.0  # seconds that a process has to end by itself
 
 
@@ -156,6 +158,8 @@ def start(devices: int, work: Callable[[Ranks], None]) -> Iterator[Ranks]:
             others.append((context.Process(target=_work, args=asked, daemon=True), here))
             others[-1][0].start()
             there.close()
+        for process, here in others:
+            _await(process, here)
         yield Together(0, devices, port)
         for process, _ in others:
             process.join(_FAREWELL)
@@ -178,12 +182,27 @@ def _work(
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 is interrupted, and ends this one
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
+    report.send_bytes(_READY)
     try:
         work(Together(rank, count, port))
     except BaseException as error:
         report.send_bytes(_pickled(error))
         raise SystemExit(1) from None
     torch.distributed.destroy_process_group()
+
+
+def _await(process: BaseProcess, here: Connection) -> None:
+    """Return when a process is about to work; PlanError where it ends before."""
+    wait([here, process.sentinel])
+    with suppress(EOFError, OSError):
+        if here.poll() and here.recv_bytes() == _READY:
+            return
+    process.join()
+    raise PlanError(
+        f"a process for another device that ended at its start (exit code {process.exitcode})",
+        expected="a script that a new process can import",
+        remedy='call this below `if __name__ == "__main__":`',
+    )
 
 
 def _end_with_parent() -> None:
