@@ -83,6 +83,16 @@ def test_particles_outside_the_volume_count_neither_way() -> None:
         assert (record["f1"], record["particles"]) == (1.0, 10)
 
 
+def test_where_nothing_is_known_nothing_counts() -> None:
+    # A place that may be a particle answers as particles do: not an error, for nobody says what it is.
+    array = _balls((0.8, TRUE + WEAK), (0.8, [[20, 30, 230]]))
+    places = np.array(TRUE + WEAK, dtype=np.float64)
+    picker: Any = _Reader()
+    for doubtful, f1 in ((np.zeros((0, 3)), 20 / 21), (np.array([[20.0, 30.0, 230.0]]), 1.0)):
+        done: Any = calibrate(picker, [Example(_Memory(array), places, doubtful=doubtful)])
+        assert done[1]["calibration"]["f1"] == pytest.approx(f1)
+
+
 def test_scores_stay_where_nothing_can_be_told(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, logger="tomocpt_stream"):
         shift, record = _calibrated(_balls((0.8, TRUE)), TRUE)

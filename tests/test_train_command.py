@@ -112,10 +112,12 @@ def test_fine_tuning_without_tomograms_is_refused(seen: dict[str, Any]) -> None:
 def test_fine_tuning_passes_its_options_on(seen: dict[str, Any]) -> None:
     _table()
     words = "--precision bfloat16 --average 0.99 --augment full --devices 2 --schedule plateau --stop-after 5"
-    _run(f"finetune mine.csv {OUT} {words}")
+    _run(f"finetune mine.csv {OUT} {words} --partial")
+    assert all(one.partial for one in seen["first"][0])
+    assert "partial" not in seen
     assert (seen["precision"], seen["average"], seen["devices"]) == ("bfloat16", 0.99, 2)
     assert (seen["schedule"], seen["stop_after"], seen["calibrate"]) == ("plateau", 5, True)
-    assert seen["augmentation"].noise > 0
+    assert min(seen["augmentation"].noise, seen["augmentation"].tilt) > 0
     assert (seen["epochs"], seen["learning_rate"], seen["picker"]) == (20, 5e-5, "base")
 
 

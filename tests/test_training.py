@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import logging
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from tomocpt_stream.errors import CheckpointError, PlanError, SourceError
 from tomocpt_stream.evaluation import match
 from tomocpt_stream.formats import write_picks
 from tomocpt_stream.heatmap import PickOptions
-from tomocpt_stream.labelled import LabelledTomogram, open_labelled
+from tomocpt_stream.labelled import LabelledTomogram, Opened, open_labelled
 from tomocpt_stream.network import build_network, named_architecture, start_quiet
 from tomocpt_stream.phantom import write_mrc
 from tomocpt_stream.picker import Picker, load_picker, picker_metadata
@@ -199,6 +200,28 @@ def test_a_picker_is_trained_from_nothing(tmp_path: Path, caplog: pytest.LogCapt
 
 def _examples(folder: Path, items: list[LabelledTomogram], picker: Picker) -> list[Example]:
     return [one.ingest(folder / "volumes") for one in open_labelled(items, picker)]
+
+
+def _trained(folder: Path) -> Picker:
+    return train([_phantom()], folder=folder, architecture=_parent().metadata["architecture"])
+
+
+@pytest.mark.parametrize("tuning", [True, False])
+def test_a_parent_says_what_was_not_labelled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, tuning: bool
+) -> None:
+    scorers: list[Any] = []
+
+    def ingest(self: Opened, folder: Path, *, scorer: Any, progress: Any) -> Example:
+        scorers.append(scorer)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Opened, "ingest", ingest)
+    parent = _parent()
+    run = partial(_tune, picker=parent) if tuning else _trained
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path)
+    assert scorers == [parent if tuning else None]
 
 
 def test_without_validation_no_look_decides(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -105,7 +106,12 @@ def _table_options(
             "--augment",
             type=click.Choice(["none", "turns", "full"]),
             default="turns",
-            help="turns: flips and 90° about the beam; full: intensities, noise and blur as well.",
+            help="turns: flips and 90° about the beam; full: small tilts, size, intensities, filters too.",
+        ),
+        click.option(
+            "--partial",
+            is_flag=True,
+            help="The picks are true but not all: learn nothing around candidates that none explains.",
         ),
         click.option(
             "--calibrate/--no-calibrate",
@@ -132,9 +138,12 @@ def finetune_command(table: Path | None, output: Path, augment: str, **settings:
     """Train a picker on with the tomograms and picks of TABLE.csv, of the portal (--portal), or of both.
 
     Columns of the table: tomogram, picks (any format that convert reads), diameter (longest axis, Å), and
-    where wanted contrast (dark or bright), particle (one kind of a file that has several) and group
-    (tomograms that validation must not part). Paths are relative to the table. Every particle of the kind
-    should be in the picks: what is not there is learnt as background.
+    where wanted contrast (dark or bright), particle (one kind of a file that has several), group
+    (tomograms that validation must not part), annotated (a mask, or a box such as 0:200 0:512 0:300 in
+    voxels z y x: nothing is learnt outside), partial (yes: see --partial), others (picks of other kinds,
+    * for those of the same file: to be told apart) and weight (1: how often it is seen). Paths are
+    relative to the table. Every particle of the kind should be in the picks: what is not there is learnt
+    as background.
     """
     from tomocpt_stream.training import fine_tune
 
@@ -277,7 +286,8 @@ def _examples(
     inputs += [] if table is None else [str(table)]
     refuse_overwriting([*inputs, *settings["truth"], *others], output)
     radius = settings.get("particle_radius", 10.0)
-    return examples + portal_examples(settings, output, particle_radius=radius)
+    examples += portal_examples(settings, output, particle_radius=radius)
+    return [replace(one, partial=True) for one in examples] if settings.pop("partial") else examples
 
 
 def _refuse_name(output: Path) -> None:
@@ -291,7 +301,8 @@ def _augmentation(name: str) -> Augmentation:
     from tomocpt_stream.augmentation import Augmentation
 
     if name == "full":
-        return Augmentation(turns=True, scale=0.15, shift=0.1, noise=0.2, blur=1.0, sharpen=0.5)
+        kept = Augmentation(turns=True, scale=0.15, shift=0.1, noise=0.2, blur=1.0, sharpen=0.5)
+        return replace(kept, tilt=15.0, zoom=0.1, filters=0.2)
     return Augmentation(turns=name == "turns")
 
 

@@ -208,7 +208,8 @@ def _train(
     }
     parent = {"parent": asked.record["parent"]} if asked.tuning else {}
     claim(asked.folder, parent | record | {"options": asked.options.to_json()})
-    prepared = [one.ingest(asked.folder / "volumes", progress=progress) for one in opened]
+    scorer = asked.first if asked.tuning else None  # by its map a parent tells what was not labelled
+    prepared = [one.ingest(asked.folder / "volumes", scorer=scorer, progress=progress) for one in opened]
     parted = split(prepared, [one.group for one in opened], asked.options.sampling, seed=seed)
     learnt = Epochs(parted.training, asked.options.sampling, seed=seed)
     if not len(learnt):
