@@ -144,7 +144,8 @@ def page(rows: list[dict[str, Any]], asked: argparse.Namespace) -> str:
         f"- `python benchmarks/{Path(__file__).name} --folder FOLDER --seconds {asked.seconds:g} "
         f"--tomograms {asked.tomograms} --validation {asked.validation}{only} --write`",
         f"- Each learnt from nothing for {asked.seconds:g} s of steps of {base_options().batch_size} crops "
-        f"(bfloat16), on {asked.tomograms} tomograms of the base picker's recipe; F1 on {asked.validation} others.",
+        f"(bfloat16), on {asked.tomograms} tomograms of the base picker's recipe; F1 on "
+        f"{asked.validation} others.",
         "",
         "| architecture | parameters (M) | ms/window, float32 | ms/step | steps | validation loss | F1 |",
         "|---|---:|---:|---:|---:|---:|---:|",
