@@ -77,7 +77,7 @@ def test_a_rotation_error_is_that_of_the_nearest_equal_rotation() -> None:
 
 
 PHANTOM = PhantomOptions(
-    shape=(32, 64, 64), diameter=140.0, particles=("horseshoe",), count=8, distractors=4,
+    shape=(28, 56, 56), diameter=140.0, particles=("blob:5",), count=6, distractors=4,
     distractor_sizes=(0.3, 0.4), filaments=0, gold=0, vesicles=0, snr=0.2, tilt_step=6.0, dose=0.0,
 )  # fmt: skip
 
@@ -85,9 +85,9 @@ PHANTOM = PhantomOptions(
 def test_particles_are_found_where_they_are_and_as_they_are_turned() -> None:
     phantom = simulate_phantom(PHANTOM, seed=3)
     truth = phantom.picks()
-    template = solid_template("horseshoe", 140.0, 10.0)
+    template = solid_template("blob:5", 140.0, 10.0)
     group = point_group(template.density, template.centre)
-    rotations = one_of_each(rotation_list(30.0), group)
+    rotations = one_of_each(rotation_list(36.0), group)
     found = match_template(phantom.volume, template, rotations, voxel_size=10.0, imaging=phantom.options)
     assert found.scores.shape == phantom.volume.shape
     assert found.scores.max() <= 1
@@ -99,12 +99,12 @@ def test_particles_are_found_where_they_are_and_as_they_are_turned() -> None:
     assert best.rotations is not None
     assert truth.rotations is not None
     errors = rotation_error(best.rotations[pairs.pairs[:, 0]], truth.rotations[pairs.pairs[:, 1]], group)
-    assert np.median(errors) < 30
+    assert np.median(errors) < 36
 
 
 def test_contrast_is_the_microscopes() -> None:
     phantom = simulate_phantom(PHANTOM, seed=3)
-    template = solid_template("horseshoe", 140.0, 10.0)
+    template = solid_template("blob:5", 140.0, 10.0)
     rotations = rotation_list(80.0)
     dark = match_template(phantom.volume, template, rotations, voxel_size=10.0, imaging=phantom.options)
     bright = match_template(
@@ -118,7 +118,7 @@ def test_contrast_is_the_microscopes() -> None:
 
 
 def test_nothing_matches_in_a_constant_volume() -> None:
-    template = solid_template("horseshoe", 140.0, 10.0)
+    template = solid_template("blob:5", 140.0, 10.0)
     volume = np.full((20, 30, 34), 7.0, dtype=np.float32)
     found = match_template(volume, template, rotation_list(90.0), voxel_size=10.0, imaging=PHANTOM)
     assert np.isfinite(found.scores).all()

@@ -1,0 +1,156 @@
+"""The paper's experiments on simulated tomograms, beside template matching and a difference of Gaussians.
+
+    python benchmarks/bench_paper.py --data FOLDER --small             # three particles, no GPU needed
+    python benchmarks/bench_paper.py --data FOLDER --minutes 25        # everything, in parts that go on
+
+DATA holds density maps (maps_10A, maps_5A) and simulated test tomograms (sim10A). Work is kept in
+--folder; the same command goes on where the last one ended. With --minutes it ends by itself, with exit
+code 75, when that time is over. Every picker is taken at the threshold that suits it best, with the same
+spacing and the same one-to-one rule of half a diameter. Matching knows the true map, defocus and tilts;
+the shipped picker knows none of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import sys
+import time
+from dataclasses import replace
+from datetime import date
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from paper_experiments import EXPERIMENTS, FULL, SMALL, Preset, run_trial
+from paper_methods import Bench
+from paper_page import Pages
+
+from tomocpt_stream import load_picker
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+RESULTS = Path(__file__).parent / "results"
+PART_OVER = 75
+"""Exit code where there is more to do: the same command goes on."""
+
+
+class PartOver(Exception):
+    """The time of this part is over."""
+
+
+def main() -> int:
+    """Run what is not done yet, then write the page."""
+    asked = _arguments()
+    preset = SMALL if asked.small else FULL
+    preset = replace(preset, angle=asked.angle or preset.angle, binning=asked.binning or preset.binning)
+    folder = asked.folder / preset.name
+    torch.set_num_threads(asked.threads)
+    bench = Bench(asked.data, folder, asked.picker, tick=_clock(asked.minutes))
+    trials = [
+        trial
+        for name in asked.only
+        for trial in EXPERIMENTS[name](preset)
+        if not asked.who or trial.who in asked.who
+    ]
+    rows: list[dict[str, Any]] = []
+    over = False
+    for number, trial in enumerate(trials, start=1):
+        try:
+            bench.tick()
+            began = time.perf_counter()
+            row = run_trial(trial, bench)
+        except PartOver:
+            over = True
+            print(f"time is over before trial {number} of {len(trials)}; the same command goes on")
+            break
+        rows.append(row)
+        print(
+            f"{number} of {len(trials)}  {trial.experiment}: {trial.case}, {trial.who}: F1 {row['f1']:.3f}, "
+            f"{row['picks']} picks of {row['truth']}, {time.perf_counter() - began:.0f} s",
+            flush=True,
+        )
+    _write(folder / "rows", rows)
+    page = Pages(bench, folder).write(rows, _head(asked, preset))
+    print(page.read_text())
+    if asked.write:
+        _publish(folder, f"paper_{preset.name}_{_hardware()}_{date.today():%Y%m}")
+    return PART_OVER if over else 0
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, required=True, help="folder of maps_10A, maps_5A and sim10A")
+    parser.add_argument("--folder", type=Path, default=Path("scratch/paper"), help="where work is kept")
+    parser.add_argument("--small", action="store_true", help="three particles, two tomograms; no GPU")
+    parser.add_argument("--only", nargs="+", choices=EXPERIMENTS, default=list(EXPERIMENTS))
+    parser.add_argument("--who", nargs="+", help="rows of these alone, such as matching and Gaussians")
+    parser.add_argument("--picker", default="base", help="the shipped one, or a file")
+    parser.add_argument("--angle", type=float, help="degrees between two rotations of matching")
+    parser.add_argument("--binning", type=int, help="of the volumes that templates are matched with")
+    parser.add_argument("--write", action="store_true", help="also write page and pictures to results/")
+    parser.add_argument("--minutes", type=float, help="end after so many minutes; run again to go on")
+    parser.add_argument("--threads", type=int, default=2, help="of torch, without a GPU")
+    return parser.parse_args()
+
+
+def _clock(minutes: float | None) -> Callable[[], None]:
+    """Return what raises PartOver once so many minutes have passed."""
+    end = None if minutes is None else time.monotonic() + 60 * minutes
+
+    def tick() -> None:
+        if end is not None and time.monotonic() > end:
+            raise PartOver
+
+    return tick
+
+
+def _write(folder: Path, rows: list[dict[str, Any]]) -> None:
+    """Write the rows of each experiment, each file whole."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in dict.fromkeys(row["experiment"] for row in rows):
+        temporary = folder / f".{name}.part"
+        temporary.write_text(json.dumps([row for row in rows if row["experiment"] == name], indent=1))
+        temporary.replace(folder / f"{name}.json")
+
+
+def _hardware() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name().replace(" ", "-").lower()
+    return f"{os.cpu_count()}cpu-{platform.machine()}"
+
+
+def _publish(folder: Path, name: str) -> None:
+    """Copy page and pictures to the results, the pictures below the page."""
+    RESULTS.mkdir(exist_ok=True)
+    text = (folder / "page.md").read_text()
+    for picture in sorted(folder.glob("*.png")):
+        shutil.copyfile(picture, RESULTS / f"{name}_{picture.name}")
+        text += f"\n![{picture.stem}]({name}_{picture.name})\n"
+    (RESULTS / f"{name}.md").write_text(text)
+
+
+def _head(asked: argparse.Namespace, preset: Preset) -> list[str]:
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{asked.threads} CPU threads"
+    words = [Path(word).name if "/" in word else word for word in sys.argv[1:]]
+    return [
+        "# The paper's experiments in simulation",
+        "",
+        f"- {date.today().isoformat()}, picker {load_picker(asked.picker).fingerprint[:16]}, "
+        f"torch {torch.__version__}, {platform.machine()}, {device}",
+        f"- `python benchmarks/{Path(__file__).name} {' '.join(words)}`",
+        f"- preset {preset.name}: fields {preset.width:g} diameters wide, {preset.tests} test tomograms, "
+        f"matching by {preset.angle:g}° on volumes binned {preset.binning} times",
+        "- each at its best threshold; picks 0.75 diameters apart, matched one to one within half a diameter",
+        "- distances in shares of the diameter; CPU seconds of one process, training included",
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,215 @@
+"""Who picks in the paper's experiments: a network, template matching, a difference of Gaussians.
+
+Each gives all its candidates, 0.75 diameters apart, with scores; the best threshold is taken afterwards,
+for all alike.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from orientations import one_of_each, point_group, rotation_list
+from paper_scenes import PARTICLES, Scene, SceneSpec, open_scene
+from scipy import ndimage
+from template_matching import match_template
+
+from tomocpt_stream import (
+    LabelledTomogram,
+    Picker,
+    PickOptions,
+    Picks,
+    find_peaks,
+    fine_tune,
+    ingest,
+    load_picker,
+    pick,
+)
+from tomocpt_stream.crops import Augmentation, Sampling
+from tomocpt_stream.epochs import Epochs
+from tomocpt_stream.labelled import open_labelled
+from tomocpt_stream.pipeline import plan_pick
+from tomocpt_stream.training import Step, TrainOptions, train
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    import numpy.typing as npt
+
+FLOOR = 0.02
+"""Score below which a network's candidates are not kept."""
+
+_WIDTHS = (2.5, 3.5, 4.5, 5.5, 6.5)  # of the narrower Gaussian, working voxels; the particle's radius is 10
+_WIDER = 1.6
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Where maps and test files lie, where everything is kept, and which picker is the shipped one."""
+
+    data: Path
+    folder: Path
+    picker: str = "base"
+    tick: Callable[[], None] = lambda: None
+    """Called now and then; raises where the time of this part is over."""
+
+    def scene(self, spec: SceneSpec) -> Scene:
+        """Return a scene, kept in the folder."""
+        return open_scene(spec, data=self.data, folder=self.folder / "tomograms")
+
+
+@dataclass(frozen=True)
+class Network:
+    """A picker as it is shipped, fine-tuned on scenes, or trained on them from nothing.
+
+    `passes` counts epochs of fine-tuning, or steps from nothing; `rate` is the learning rate.
+    """
+
+    start: Literal["shipped", "nothing"] = "shipped"
+    lessons: tuple[SceneSpec, ...] = ()
+    passes: int = 0
+    rate: float = 5e-5
+    batch: int = 4
+    label: Literal["gaussian", "binary"] = "gaussian"
+    masked: bool = False
+    """Pick within the scene's mask only."""
+
+    def candidates(self, bench: Bench, spec: SceneSpec, name: str) -> Picks:
+        """Return the candidates of a scene; its map stays in the folder as maps/name.zarr."""
+        scene = bench.scene(spec)
+        return pick(
+            scene.tomogram,
+            self.picker(bench),
+            PickOptions(PARTICLES[spec.particle].diameter, threshold=FLOOR),
+            mask=scene.mask if self.masked else None,
+            keep_heatmap=str(bench.folder / "maps" / f"{name}.zarr"),
+        )
+
+    def picker(self, bench: Bench) -> Picker:
+        """Return the picker, taught where it is to be taught; lessons that were begun go on."""
+        shipped = load_picker(bench.picker)
+        if not self.lessons:
+            return shipped
+        scenes = [bench.scene(spec) for spec in self.lessons]
+        examples = [
+            LabelledTomogram(scene.tomogram, scene.truth, PARTICLES[spec.particle].diameter)
+            for spec, scene in zip(self.lessons, scenes, strict=True)
+        ]
+        names = [spec.key for spec in self.lessons]
+        asked = [shipped.fingerprint, self.start, names, self.passes, self.rate, self.batch, self.label]
+        folder = bench.folder / "pickers" / digest(asked)
+
+        def listen(step: Step) -> None:
+            if step.step % 10 == 0 or step.step == step.steps:
+                print(f"    step {step.step} of {step.steps}: loss {step.loss:.3f}", flush=True)
+            bench.tick()
+
+        if self.start == "nothing":
+            return self._from_nothing(examples, shipped, folder, listen)
+        return fine_tune(
+            examples,
+            picker=shipped,
+            folder=folder,
+            epochs=self.passes,
+            learning_rate=self.rate,
+            batch_size=self.batch,
+            on_step=listen,
+        )
+
+    def _from_nothing(
+        self,
+        examples: list[LabelledTomogram],
+        shipped: Picker,
+        folder: Path,
+        listen: Callable[[Step], None],
+    ) -> Picker:
+        """Return a picker of the shipped one's architecture that has seen these scenes alone."""
+        sampling = Sampling(
+            window=shipped.window,
+            radius=shipped.particle_radius,
+            label=self.label,
+            augmentation=Augmentation(turns=True),
+        )
+        learnt = Epochs(
+            [one.ingest(folder / "volumes") for one in open_labelled(examples, shipped)], sampling
+        )
+        options = TrainOptions(
+            architecture=shipped.metadata["architecture"],
+            steps=self.passes,
+            batch_size=self.batch,
+            learning_rate=self.rate,
+            warm_up=max(1, min(50, self.passes // 10)),
+            sampling=sampling,
+            checkpoint_every=25,
+        )
+        return train(learnt, options=options, folder=folder / "run", on_step=listen)
+
+
+@dataclass(frozen=True)
+class Matching:
+    """Template matching with the particle's true map, on volumes binned `binning` times."""
+
+    step: float
+    binning: int = 1
+
+    def candidates(self, bench: Bench, spec: SceneSpec) -> Picks:
+        """Return the peaks of a scene, with rotations."""
+        scene, particle = bench.scene(spec), PARTICLES[spec.particle]
+        name, file_voxel = scene.tomogram.name, scene.tomogram.voxel_size
+        voxel = file_voxel * self.binning
+        template = particle.template(bench.data, voxel)
+        group = point_group(template.density, template.centre)
+        rotations = one_of_each(rotation_list(self.step), group)
+        volume = binned(scene.voxels(), self.binning)
+        matched = match_template(volume, template, rotations, voxel_size=voxel, imaging=scene.imaging)
+        picks = matched.picks(voxel_size=voxel, diameter=particle.diameter, name=name)
+        # Voxel i of the binned volume is the mean of voxels i b to i b + b - 1.
+        zyx = picks.zyx * self.binning + (self.binning - 1) / 2
+        return Picks(zyx, picks.score, picks.rotations, voxel_size=file_voxel, tomogram=name)
+
+
+@dataclass(frozen=True)
+class Gaussians:
+    """A difference of two Gaussians, on the network's own working volume; `width` is in its voxels."""
+
+    width: float
+
+    def candidates(self, bench: Bench, spec: SceneSpec) -> Picks:
+        """Return the peaks of a scene, protein dark."""
+        tomogram, diameter = bench.scene(spec).tomogram, PARTICLES[spec.particle].diameter
+        grid, _ = plan_pick(tomogram, load_picker(bench.picker), PickOptions(diameter))
+        store = bench.folder / "volumes" / f"{tomogram.name}_{grid.voxel_size:g}.zarr"
+        volume = ingest(tomogram, store, voxel_size=grid.voxel_size)
+        low, middle, high = volume.percentiles
+        voxels = np.clip((np.asarray(volume.array[:]) - middle) / (high - low), -3, 3)
+        narrow, wide = (ndimage.gaussian_filter(voxels, s) for s in (self.width, _WIDER * self.width))
+        peaks = find_peaks(wide - narrow, threshold=0.0, min_distance=0.75 * diameter / grid.voxel_size)
+        zyx = tomogram.frame.to_file(grid.to_source(peaks.zyx))
+        return Picks(zyx, peaks.score, voxel_size=tomogram.frame.file_voxel_size, tomogram=tomogram.name)
+
+
+Method = Network | Matching | Gaussians
+
+
+def gaussians() -> tuple[Gaussians, ...]:
+    """Return the differences of Gaussians of which the best one counts."""
+    return tuple(Gaussians(width) for width in _WIDTHS)
+
+
+def binned(volume: npt.NDArray[np.float32], times: int) -> npt.NDArray[np.float32]:
+    """Return means over cubes of `times` voxels an edge; what is left over at the far faces is cut off."""
+    z, y, x = (n // times for n in volume.shape)
+    cut = volume[: z * times, : y * times, : x * times]
+    means: npt.NDArray[np.float32] = cut.reshape(z, times, y, times, x, times).mean(
+        axis=(1, 3, 5), dtype=np.float32
+    )
+    return means
+
+
+def digest(asked: Any) -> str:
+    """Return a short name of plain data."""
+    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:12]
