@@ -1,7 +1,7 @@
 """The paper's experiments on simulated tomograms, beside template matching and a difference of Gaussians.
 
-    python benchmarks/bench_paper.py --data FOLDER --small             # three particles, no GPU needed
-    python benchmarks/bench_paper.py --data FOLDER --minutes 25        # everything, in parts that go on
+    python benchmarks/bench_paper.py --data FOLDER --small    # three particles, two tomograms; no GPU
+    python benchmarks/bench_paper.py --data FOLDER --workers 16 --minutes 25    # everything, in parts
 
 DATA holds density maps (maps_10A, maps_5A) and simulated test tomograms (sim10A). Work is kept in
 --folder; the same command goes on where the last one ended. With --minutes it ends by itself, with exit
@@ -19,15 +19,19 @@ import platform
 import shutil
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import suppress
 from dataclasses import replace
 from datetime import date
+from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from paper_experiments import EXPERIMENTS, FULL, SMALL, Preset, run_trial
+from paper_experiments import EXPERIMENTS, FULL, SMALL, TINY, Preset, Trial, run_trial, specs_of
 from paper_methods import Bench
 from paper_page import Pages
+from paper_scenes import PARTICLES, open_scene
 
 from tomocpt_stream import load_picker
 
@@ -46,7 +50,7 @@ class PartOver(Exception):
 def main() -> int:
     """Run what is not done yet, then write the page."""
     asked = _arguments()
-    preset = SMALL if asked.small else FULL
+    preset = TINY if asked.tiny else SMALL if asked.small else FULL
     preset = replace(preset, angle=asked.angle or preset.angle, binning=asked.binning or preset.binning)
     folder = asked.folder / preset.name
     torch.set_num_threads(asked.threads)
@@ -58,16 +62,15 @@ def main() -> int:
         if not asked.who or trial.who in asked.who
     ]
     rows: list[dict[str, Any]] = []
-    over = False
+    if asked.workers > 1:
+        with suppress(PartOver):
+            _simulate(trials, bench, asked.workers)
     for number, trial in enumerate(trials, start=1):
+        began = time.perf_counter()
         try:
-            bench.tick()
-            began = time.perf_counter()
             row = run_trial(trial, bench)
         except PartOver:
-            over = True
-            print(f"time is over before trial {number} of {len(trials)}; the same command goes on")
-            break
+            continue  # later trials may have been done before
         rows.append(row)
         print(
             f"{number} of {len(trials)}  {trial.experiment}: {trial.case}, {trial.who}: F1 {row['f1']:.3f}, "
@@ -79,7 +82,10 @@ def main() -> int:
     print(page.read_text())
     if asked.write:
         _publish(folder, f"paper_{preset.name}_{_hardware()}_{date.today():%Y%m}")
-    return PART_OVER if over else 0
+    if len(rows) < len(trials):
+        print(f"time is over after {len(rows)} of {len(trials)} trials; the same command goes on")
+        return PART_OVER
+    return 0
 
 
 def _arguments() -> argparse.Namespace:
@@ -89,6 +95,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True, help="folder of maps_10A, maps_5A and sim10A")
     parser.add_argument("--folder", type=Path, default=Path("scratch/paper"), help="where work is kept")
     parser.add_argument("--small", action="store_true", help="three particles, two tomograms; no GPU")
+    parser.add_argument("--tiny", action="store_true", help="next to nothing of each, to see that it runs")
     parser.add_argument("--only", nargs="+", choices=EXPERIMENTS, default=list(EXPERIMENTS))
     parser.add_argument("--who", nargs="+", help="rows of these alone, such as matching and Gaussians")
     parser.add_argument("--picker", default="base", help="the shipped one, or a file")
@@ -96,8 +103,27 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--binning", type=int, help="of the volumes that templates are matched with")
     parser.add_argument("--write", action="store_true", help="also write page and pictures to results/")
     parser.add_argument("--minutes", type=float, help="end after so many minutes; run again to go on")
+    parser.add_argument("--workers", type=int, default=1, help="processes that simulate tomograms at once")
     parser.add_argument("--threads", type=int, default=2, help="of torch, without a GPU")
     return parser.parse_args()
+
+
+def _simulate(trials: list[Trial], bench: Bench, workers: int) -> None:
+    """Simulate the tomograms that are not there yet, several at once."""
+    specs = [spec for spec in specs_of(trials) if spec.kind != "file"]
+    folder = bench.folder / "tomograms"
+    missing = [spec for spec in specs if not (folder / f"{spec.key}.json").exists()]
+    # spawn: a fork would copy torch's threads in whatever state they are.
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        begun = [pool.submit(open_scene, spec, data=bench.data, folder=folder) for spec in missing]
+        try:
+            for number, future in enumerate(as_completed(begun), start=1):
+                future.result()
+                print(f"simulated {number} of {len(missing)} tomograms", flush=True)
+                bench.tick()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 def _clock(minutes: float | None) -> Callable[[], None]:
@@ -138,15 +164,19 @@ def _publish(folder: Path, name: str) -> None:
 
 def _head(asked: argparse.Namespace, preset: Preset) -> list[str]:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{asked.threads} CPU threads"
+    picker = load_picker(asked.picker)
+    learnt = {Path(one["name"]).stem for one in picker.metadata["provenance"].get("maps", [])}
+    known = [name for name, one in PARTICLES.items() if Path(one.map).name in learnt]
     words = [Path(word).name if "/" in word else word for word in sys.argv[1:]]
     return [
         "# The paper's experiments in simulation",
         "",
-        f"- {date.today().isoformat()}, picker {load_picker(asked.picker).fingerprint[:16]}, "
+        f"- {date.today().isoformat()}, picker {picker.fingerprint[:16]}, "
         f"torch {torch.__version__}, {platform.machine()}, {device}",
         f"- `python benchmarks/{Path(__file__).name} {' '.join(words)}`",
         f"- preset {preset.name}: fields {preset.width:g} diameters wide, {preset.tests} test tomograms, "
         f"matching by {preset.angle:g}° on volumes binned {preset.binning} times",
+        f"- the picker has learnt from the maps of {', '.join(known) or 'none of these particles'}",
         "- each at its best threshold; picks 0.75 diameters apart, matched one to one within half a diameter",
         "- distances in shares of the diameter; CPU seconds of one process, training included",
     ]

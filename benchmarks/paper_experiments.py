@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -73,7 +73,7 @@ SMALL = Preset(
     width=7.2,
     labels=("apo-ferritin", "thyroglobulin", "capsid-1000"),
     label_lessons=1,
-    steps=80,
+    steps=150,
     batch=2,
     tuned=("apo-ferritin",),
     amounts=(1, 2),
@@ -90,6 +90,22 @@ SMALL = Preset(
     angle=13.0,
     binning=2,
 )
+TINY = replace(
+    SMALL,
+    name="tiny",
+    width=4.0,
+    labels=("apo-ferritin", "capsid-1000"),
+    steps=2,
+    amounts=(1,),
+    epochs=1,
+    tests=1,
+    enclosed=6.0,
+    enclosed_epochs=1,
+    hard=("apo-ferritin",),
+    noise=(0.02,),
+    files=("apo-ferritin",),
+    angle=40.0,
+)
 FULL = Preset(
     name="full",
     width=12.0,
@@ -102,7 +118,7 @@ FULL = Preset(
     epochs=20,
     rate=5e-5,
     tests=5,
-    enclosed=16.0,
+    enclosed=12.0,
     enclosed_lessons=2,
     enclosed_epochs=20,
     hard=("apo-ferritin", "beta-galactosidase", "thyroglobulin", "ribosome"),
@@ -255,6 +271,17 @@ def run_trial(trial: Trial, bench: Bench) -> dict[str, Any]:
     best = max(rows, key=lambda row: float(row["f1"]))
     named = {"experiment": trial.experiment, "case": trial.case, "who": trial.who, "particle": trial.particle}
     return named | best | {"scenes": [asdict(spec) for spec in trial.scenes]}
+
+
+def specs_of(trials: list[Trial]) -> list[SceneSpec]:
+    """Return every scene that trials learn from or are tested on, once."""
+    wanted: dict[SceneSpec, None] = {}
+    for trial in trials:
+        wanted |= dict.fromkeys(trial.scenes)
+        for method in trial.methods:
+            if isinstance(method, Network):
+                wanted |= dict.fromkeys(method.lessons)
+    return list(wanted)
 
 
 def candidates_at(bench: Bench, name: str) -> Picks:

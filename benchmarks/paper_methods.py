@@ -59,7 +59,10 @@ class Bench:
 
     def scene(self, spec: SceneSpec) -> Scene:
         """Return a scene, kept in the folder."""
-        return open_scene(spec, data=self.data, folder=self.folder / "tomograms")
+        folder = self.folder / "tomograms"
+        if spec.kind != "file" and not (folder / f"{spec.key}.json").exists():
+            self.tick()
+        return open_scene(spec, data=self.data, folder=folder)
 
 
 @dataclass(frozen=True)

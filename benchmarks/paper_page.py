@@ -10,6 +10,7 @@ from matplotlib.collections import EllipseCollection
 from matplotlib.figure import Figure
 from paper_experiments import candidates_at
 from paper_scenes import PARTICLES, SceneSpec
+from paper_scores import LEVELS
 
 from tomocpt_stream import open_heatmap
 from tomocpt_stream.report import mean_slice
@@ -186,16 +187,12 @@ def sweep_table(rows: list[Row]) -> list[str]:
     nets = [row for row in rows if _is_network(row)]
     if not nets:
         return []
-    levels = np.arange(1, 10) / 10
     lines = [
-        f"| particle | who | {' | '.join(f'{level:.1f}' for level in levels)} |",
-        "|---|---|" + "---|" * len(levels),
+        f"| particle | who | {' | '.join(f'{level:.1f}' for level in LEVELS)} |",
+        "|---|---|" + "---|" * len(LEVELS),
     ]
     for row in nets:
-        curve = np.array(row["curve"])
-        # The set of picks above a threshold is that of the row at or below it.
-        places = np.maximum(np.searchsorted(curve[:, 0], levels, side="right") - 1, 0)
-        cells = [f"{p:.2f} / {r:.2f} / {f:.2f}" for p, r, f in curve[places][:, 1:]]
+        cells = [f"{at['precision']:.2f} / {at['recall']:.2f} / {at['f1']:.2f}" for at in row["levels"]]
         lines.append(f"| {row['case']} | {row['who']} | {' | '.join(cells)} |")
     return [*lines, "", "Precision / recall / F1."]
 
@@ -270,7 +267,7 @@ def _boxes(axis: Axes, rows: list[Row], key: str, title: str, *, by: str = "part
             )
             box["boxes"][0].set_facecolor(colour)
         if len(values) <= 10:
-            axis.plot([at] * len(values), values, "k.", ms=3)
+            axis.plot([at] * len(values), values, "o", color=colour, mec="black", mew=0.5, ms=4)
         axis.plot([], [], "s", color=colour, label=None if row["who"] in seen else row["who"])
         seen.add(row["who"])
     ticks = [f"{p}\n{PARTICLES[p].diameter:g} Å" for p in places] or names

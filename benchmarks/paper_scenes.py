@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -171,10 +171,7 @@ def _simulate(spec: SceneSpec, data: Path, folder: Path) -> None:
 def _carboxysome(options: PhantomOptions, data: Path, seed: int) -> tuple[Phantom, npt.NDArray[np.int8]]:
     """Return a closed shell full of particles with other proteins outside, and where its inside is."""
     placing, noise = (np.random.default_rng(part) for part in np.random.SeedSequence(seed).spawn(2))
-    edge = options.shape[1]
-    options = PhantomOptions(
-        **{**asdict(options), "shape": (max(options.shape[0], 3 * edge // 4), edge, edge)}
-    )
+    options = replace(options, shape=(options.shape[1],) * 3)
     geometry = plan_geometry(options, options.shape, options.voxel_size, 4)
     nz, ny, nx = (n + 2 * p for n, p in zip(options.shape, geometry.pad, strict=True))
     canvas = Canvas(np.zeros((nz, nx, ny), dtype=np.float32), geometry.pad, options.shape)
@@ -187,7 +184,7 @@ def _carboxysome(options: PhantomOptions, data: Path, seed: int) -> tuple[Phanto
     canvas.density += wall.transpose(0, 2, 1).astype(np.float32)
     template = map_template(options.particles[0], None, voxel)
     room = (radius - SHELL - template.radius) / voxel
-    _pack(canvas, options, placing, (template, "target", 4000), (0.0, room))
+    _pack(canvas, options, placing, (template, "target", 20000), (0.0, room))
     for other in _OTHERS:
         outside = ((radius + 80) / voxel, float(max(options.shape)))
         _pack(

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 SHIPPED = 0.3
 """The threshold a network is shipped with."""
 
+LEVELS = [level / 10 for level in range(1, 10)]
+"""Thresholds of the sweep's table."""
+
 _CURVE = 200  # points of a curve that a row keeps
 
 
@@ -65,6 +68,7 @@ def scored(
         "mean_distance": float(distances.mean()) if len(distances) else float("nan"),
         "rotation_error": _rotation_error(picks, truth, threshold, diameter, group),
         "shipped": _at(ranking.curve([SHIPPED]).iloc[0]),
+        "levels": [_at(at) for _, at in ranking.curve(LEVELS).iterrows()],
         "curve": [
             [float(v) for v in row] for row in thinned[["threshold", "precision", "recall", "f1"]].values
         ],

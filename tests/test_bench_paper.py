@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import bench_paper
 import numpy as np
@@ -13,7 +12,7 @@ import paper_methods
 import pytest
 from paper_experiments import EXPERIMENTS, FULL, SMALL, Trial, run_trial
 from paper_methods import Bench, Gaussians, Matching, Network, binned
-from paper_page import Pages, sweep_table, table
+from paper_page import Pages, sweep_table
 from paper_scenes import SceneSpec
 from paper_scores import scored
 from template_matching import Matched
@@ -24,9 +23,6 @@ from tomocpt_stream.network import build_network, named_architecture
 from tomocpt_stream.phantom import write_mrc
 from tomocpt_stream.picker import picker_metadata
 from tomocpt_stream.shapes import solid_template
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 FIELD = SceneSpec("field", "apo-ferritin", 1, 0.3, 4.0)
 TRUTH = np.array([[10.0, 10, 10], [10, 10, 40], [10, 40, 10], [10, 40, 40]])
@@ -163,21 +159,22 @@ def test_a_network_learns_from_nothing_and_its_map_is_kept(bench: Bench) -> None
 
 def test_a_carboxysome_is_full_inside_and_its_mask_says_where_that_is(bench: Bench) -> None:
     scene = bench.scene(SceneSpec("carboxysome", "rubisco", 3, 0.1, 6.0))
-    assert len(scene.truth) > 3
+    assert len(scene.truth) > 10
     assert scene.mask is not None
     assert inside(scene.truth, str(scene.mask)).all()
     gaps = np.linalg.norm(scene.truth.zyx[:, None] - scene.truth.zyx[None], axis=-1)
     assert gaps[gaps > 0].min() >= 9  # 0.75 diameters
 
 
-def test_the_sweep_table_says_what_is_left_above_a_threshold() -> None:
-    row = {"case": "x", "who": "y", "method": {"start": "shipped"}}
-    curve = [[-1.0, 0.25, 1.0, 0.4], [0.15, 0.5, 0.9, 0.64], [0.5, 1.0, 0.5, 0.67]]
-    lines = sweep_table([row | {"curve": curve}])
-    cells = lines[2].split(" | ")
-    assert cells[2] == "0.25 / 1.00 / 0.40"  # above 0.1
-    assert cells[3] == "0.50 / 0.90 / 0.64"  # above 0.2
-    assert cells[6] == "1.00 / 0.50 / 0.67"  # above 0.5
+def test_the_sweep_table_says_what_is_left_above_each_threshold() -> None:
+    found = picks([*TRUTH, [10, 25, 25]], [0.95, 0.55, 0.5, 0.35, 0.15])
+    row = scored({"a": found}, {"a": picks(TRUTH, np.ones(4))}, diameter=100.0)
+    lines = sweep_table([row | {"case": "x", "who": "y", "method": {"start": "shipped"}}])
+    cells = lines[2].strip("| ").split(" | ")[2:]
+    assert cells[0] == "0.80 / 1.00 / 0.89"  # above 0.1
+    assert cells[1] == cells[2] == "1.00 / 1.00 / 1.00"
+    assert cells[4] == "1.00 / 0.50 / 0.67"  # strictly above 0.5
+    assert cells[8] == "1.00 / 0.25 / 0.40"
 
 
 @pytest.mark.parametrize("preset", [SMALL, FULL])
@@ -193,12 +190,24 @@ def test_no_trial_is_tested_on_its_lessons(preset: paper_experiments.Preset) -> 
     assert len(seen) == len(trials)
 
 
-def test_a_part_ends_in_time_and_says_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_part_ends_in_time_and_shows_what_is_done(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    line = f"bench_paper.py --data {tmp_path} --folder {tmp_path} --small --threads 1 --minutes 0"
-    monkeypatch.setattr(sys, "argv", line.split())
+    spec, other = replace(FIELD, width=3.4), replace(FIELD, width=3.4, seed=7)
+    trials = [
+        Trial("rivals", "apo-ferritin", str(one.seed), (Gaussians(4.5),), (one,)) for one in (other, spec)
+    ]
+    monkeypatch.setitem(EXPERIMENTS, "rivals", lambda _: trials)
+    # The second of both was done in an earlier part.
+    run_trial(trials[1], replace(bench, folder=bench.folder / "small"))
+    line = f"bench_paper.py --data {bench.data} --folder {bench.folder} --small --threads 1 --only rivals"
+    monkeypatch.setattr(sys, "argv", [*line.split(), "--minutes", "0"])
     assert bench_paper.main() == 75
-    assert "the same command goes on" in capsys.readouterr().out
-    assert (tmp_path / "small" / "page.md").exists()
-    assert table([])[0].startswith("| particle")
+    printed = capsys.readouterr().out
+    assert "time is over after 1 of 2 trials; the same command goes on" in printed
+    assert "2 of 2  rivals: apo-ferritin, 1: F1" in printed
+    monkeypatch.setattr(sys, "argv", line.split())
+    assert bench_paper.main() == 0
+    rows = json.loads((bench.folder / "small" / "rows" / "rivals.json").read_text())
+    assert [row["who"] for row in rows] == ["7", "1"]
+    assert "| apo-ferritin | 130 | 7 |" in (bench.folder / "small" / "page.md").read_text()
