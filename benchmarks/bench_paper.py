@@ -31,7 +31,7 @@ import torch
 from paper_experiments import EXPERIMENTS, FULL, SMALL, TINY, Preset, Trial, run_trial, specs_of
 from paper_methods import Bench
 from paper_page import Pages
-from paper_scenes import PARTICLES, open_scene
+from paper_scenes import OTHERS, PARTICLES, open_scene
 
 from tomocpt_stream import load_picker
 
@@ -49,7 +49,8 @@ class PartOver(Exception):
 
 def main() -> int:
     """Run what is not done yet, then write the page."""
-    asked = _arguments()
+    parser = _parser()
+    asked = parser.parse_args()
     preset = TINY if asked.tiny else SMALL if asked.small else FULL
     preset = replace(preset, angle=asked.angle or preset.angle, binning=asked.binning or preset.binning)
     folder = asked.folder / preset.name
@@ -61,6 +62,11 @@ def main() -> int:
         for trial in EXPERIMENTS[name](preset)
         if not asked.who or trial.who in asked.who
     ]
+    if not trials:
+        everybody = {trial.who for make in EXPERIMENTS.values() for trial in make(preset)}
+        parser.error(f"no trial of {asked.who}; there are those of {', '.join(sorted(everybody))}")
+    if absent := _absent(trials, asked.data):
+        parser.error(f"--data {asked.data} lacks {', '.join(absent)}")
     rows: list[dict[str, Any]] = []
     if asked.workers > 1:
         with suppress(PartOver):
@@ -88,7 +94,7 @@ def main() -> int:
     return 0
 
 
-def _arguments() -> argparse.Namespace:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -99,13 +105,34 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", choices=EXPERIMENTS, default=list(EXPERIMENTS))
     parser.add_argument("--who", nargs="+", help="rows of these alone, such as matching and Gaussians")
     parser.add_argument("--picker", default="base", help="the shipped one, or a file")
-    parser.add_argument("--angle", type=float, help="degrees between two rotations of matching")
-    parser.add_argument("--binning", type=int, help="of the volumes that templates are matched with")
+    parser.add_argument("--angle", type=_above_zero, help="degrees between two rotations of matching")
+    parser.add_argument(
+        "--binning", type=int, choices=(1, 2, 3, 4), help="of the volumes that templates are matched with"
+    )
     parser.add_argument("--write", action="store_true", help="also write page and pictures to results/")
     parser.add_argument("--minutes", type=float, help="end after so many minutes; run again to go on")
     parser.add_argument("--workers", type=int, default=1, help="processes that simulate tomograms at once")
     parser.add_argument("--threads", type=int, default=2, help="of torch, without a GPU")
-    return parser.parse_args()
+    return parser
+
+
+def _above_zero(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= 180:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 180")
+    return value
+
+
+def _absent(trials: list[Trial], data: Path) -> list[str]:
+    """Return the files below the data folder that trials need and do not find."""
+    specs = specs_of(trials)
+    needed = {f"{PARTICLES[spec.particle].map}.mrc" for spec in specs}
+    needed |= {
+        f"sim10A/{spec.name}.{end}" for spec in specs if spec.kind == "file" for end in ("mrc", "json")
+    }
+    if any(spec.kind == "carboxysome" for spec in specs):
+        needed |= {f"{name}.mrc" for name in OTHERS}
+    return sorted(name for name in needed if not (data / name).is_file())
 
 
 def _simulate(trials: list[Trial], bench: Bench, workers: int) -> None:

@@ -28,7 +28,8 @@ from tomocpt_stream import (
     load_picker,
     pick,
 )
-from tomocpt_stream.crops import Augmentation, Sampling
+from tomocpt_stream.augmentation import Augmentation
+from tomocpt_stream.crops import Sampling
 from tomocpt_stream.epochs import Epochs
 from tomocpt_stream.labelled import open_labelled
 from tomocpt_stream.pipeline import plan_pick
@@ -87,7 +88,7 @@ class Network:
         return pick(
             scene.tomogram,
             self.picker(bench),
-            PickOptions(PARTICLES[spec.particle].diameter, threshold=FLOOR),
+            PickOptions(PARTICLES[spec.particle].diameter, threshold=FLOOR, contrast="dark"),
             mask=scene.mask if self.masked else None,
             keep_heatmap=str(bench.folder / "maps" / f"{name}.zarr"),
         )

@@ -30,8 +30,10 @@ Array = npt.NDArray[np.float64]
 SHELL = 40.0
 """Å, the wall of a carboxysome."""
 
+OTHERS = ("maps_5A/2cg9", "maps_5A/3cf3", "maps_5A/1u6g", "maps_5A/3j9i")
+"""Maps of the proteins outside the shell."""
+
 _SEPARATION = 0.75  # diameters between rubiscos, as far as their densities let them
-_OTHERS = ("maps_5A/2cg9", "maps_5A/3cf3", "maps_5A/1u6g", "maps_5A/3j9i")  # what lies outside the shell
 
 
 @dataclass(frozen=True)
@@ -185,7 +187,7 @@ def _carboxysome(options: PhantomOptions, data: Path, seed: int) -> tuple[Phanto
     template = map_template(options.particles[0], None, voxel)
     room = (radius - SHELL - template.radius) / voxel
     _pack(canvas, options, placing, (template, "target", 20000), (0.0, room))
-    for other in _OTHERS:
+    for other in OTHERS:
         outside = ((radius + 80) / voxel, float(max(options.shape)))
         _pack(
             canvas,

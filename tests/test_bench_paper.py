@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import bench_paper
 import numpy as np
@@ -23,6 +24,9 @@ from tomocpt_stream.network import build_network, named_architecture
 from tomocpt_stream.phantom import write_mrc
 from tomocpt_stream.picker import picker_metadata
 from tomocpt_stream.shapes import solid_template
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 FIELD = SceneSpec("field", "apo-ferritin", 1, 0.3, 4.0)
 TRUTH = np.array([[10.0, 10, 10], [10, 10, 40], [10, 40, 10], [10, 40, 40]])
@@ -211,3 +215,23 @@ def test_a_part_ends_in_time_and_shows_what_is_done(
     rows = json.loads((bench.folder / "small" / "rows" / "rivals.json").read_text())
     assert [row["who"] for row in rows] == ["7", "1"]
     assert "| apo-ferritin | 130 | 7 |" in (bench.folder / "small" / "page.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--only rivals --who nobody", "no trial of ['nobody']"),
+        ("--only rivals", "lacks maps_10A/1f4a.mrc"),
+        ("--angle 0", "0 is not above 0"),
+    ],
+)
+def test_what_cannot_be_run_is_said_at_once(
+    words: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = f"bench_paper.py --data {tmp_path} --folder {tmp_path} --small --threads 1 {words}"
+    monkeypatch.setattr(sys, "argv", line.split())
+    with pytest.raises(SystemExit) as ended:
+        bench_paper.main()
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
