@@ -20,8 +20,6 @@ from tomocpt_stream import Picks, find_peaks
 from tomocpt_stream.imaging import ImagingOptions, back_project, expose, plan_geometry, project
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from tomocpt_stream.shapes import Template
 
 Field = npt.NDArray[np.float32]
@@ -54,7 +52,6 @@ def match_template(
     *,
     voxel_size: float,
     imaging: ImagingOptions,
-    progress: Callable[[int, int], None] | None = None,
 ) -> Matched:
     """Correlate a tomogram (z, y, x) with a template turned by each of `rotations` (n, 3, 3).
 
@@ -96,8 +93,6 @@ def match_template(
         better = answer > best
         which.masked_fill_(better, index)
         torch.maximum(best, answer, out=best)
-        if progress is not None:
-            progress(index + 1, len(rotations))
     inner = tuple(slice(0, n) for n in volume.shape)
     scores = (best / deviation)[inner].contiguous().cpu().numpy()
     return Matched(scores, which[inner].cpu().numpy(), rotations)
