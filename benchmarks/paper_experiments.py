@@ -37,20 +37,20 @@ LESSON = 100
 class Preset:
     """How much is done: particles, tomograms, passes.
 
-    width : edge of the fields in diameters. labels : particles that labels are compared on, with so many
-    `label_lessons` tomograms and `steps` of `batch` crops each. tuned : particles that are fine-tuned on
-    `amounts` of tomograms, `epochs` each. tests : test tomograms of a trial. enclosed : edge of a
-    carboxysome's field in diameters, with `enclosed_lessons` and `enclosed_epochs` of fine-tuning.
-    noise : signal-to-noise ratios of the harder cases, for the particles `hard`. files : particles looked
-    for in the test file, `files_taught` after fine-tuning on two others as well. angle, binning : of
-    template matching.
+    width : edge of the fields in diameters. labels : particles that labels are compared on, after
+    `label_lessons` tomograms in `label_epochs` by batches of `batch` crops. tuned : particles that are
+    fine-tuned on `amounts` of tomograms, `epochs` each at `rate`. tests : test tomograms of a trial.
+    enclosed : edge of a carboxysome's field in diameters, with `enclosed_lessons` tomograms and
+    `enclosed_epochs` of fine-tuning. hard, noise : particles and signal-to-noise ratios of the harder
+    cases. files : particles looked for in the test file, `files_taught` after fine-tuning on two others
+    as well. angle, binning : of template matching.
     """
 
     name: str
     width: float
     labels: tuple[str, ...]
     label_lessons: int
-    steps: int
+    label_epochs: int
     batch: int
     tuned: tuple[str, ...]
     amounts: tuple[int, ...]
@@ -73,7 +73,7 @@ SMALL = Preset(
     width=7.2,
     labels=("apo-ferritin", "thyroglobulin", "capsid-1000"),
     label_lessons=1,
-    steps=150,
+    label_epochs=10,
     batch=2,
     tuned=("apo-ferritin",),
     amounts=(1, 2),
@@ -95,7 +95,7 @@ TINY = replace(
     name="tiny",
     width=4.0,
     labels=("apo-ferritin", "capsid-1000"),
-    steps=2,
+    label_epochs=1,
     amounts=(1,),
     epochs=1,
     tests=1,
@@ -111,7 +111,7 @@ FULL = Preset(
     width=12.0,
     labels=("apo-ferritin", "beta-galactosidase", "thyroglobulin", "ribosome", "capsid-400", "capsid-1000"),
     label_lessons=5,
-    steps=2000,
+    label_epochs=40,
     batch=10,
     tuned=("apo-ferritin", "beta-galactosidase", "thyroglobulin"),
     amounts=(2, 3, 5),
@@ -172,7 +172,7 @@ def taught(preset: Preset) -> list[Trial]:
     trials = []
     for name in preset.files if preset.files_taught else ():
         lessons = tuple(SceneSpec("file", name, name=f"sim_train_{k}") for k in (1, 2))
-        method = Network(lessons=lessons, passes=preset.epochs, rate=preset.rate)
+        method = Network(lessons=lessons, epochs=preset.epochs, rate=preset.rate)
         scenes = (SceneSpec("file", name, name="sim_val_1"),)
         trials.append(Trial("rivals", name, "fine-tuned on 2", (method,), scenes))
     return trials
@@ -185,7 +185,7 @@ def labels(preset: Preset) -> list[Trial]:
         scenes = _fields(preset, name, TEST, preset.tests)
         lessons = _fields(preset, name, LESSON, preset.label_lessons)
         for label in ("gaussian", "binary"):
-            taught = Network("nothing", lessons, preset.steps, 1e-3, preset.batch, label)
+            taught = Network("nothing", lessons, preset.label_epochs, 1e-3, preset.batch, label)
             trials.append(Trial("labels", name, f"{label} labels", (taught,), scenes))
         trials += [Trial("labels", name, who, by, scenes) for who, by in _others(preset)]
         trials.append(Trial("labels", name, "shipped", (Network(),), scenes))
@@ -200,7 +200,7 @@ def tuning(preset: Preset) -> list[Trial]:
         trials.append(Trial("tuning", name, "shipped", (Network(),), scenes))
         for amount in preset.amounts:
             lessons = _fields(preset, name, LESSON, amount)
-            taught = Network(lessons=lessons, passes=preset.epochs, rate=preset.rate)
+            taught = Network(lessons=lessons, epochs=preset.epochs, rate=preset.rate)
             trials.append(Trial("tuning", name, f"fine-tuned on {amount}", (taught,), scenes))
         trials += [Trial("tuning", name, who, by, scenes) for who, by in _others(preset)]
     return trials
@@ -305,10 +305,10 @@ def _in_shells(preset: Preset, experiment: str, *, masked: bool) -> list[Trial]:
 
     scenes = shells(TEST, max(1, preset.tests // 2))
     lessons = shells(LESSON, preset.enclosed_lessons)
-    passes, rate = preset.enclosed_epochs, preset.rate
+    epochs, rate = preset.enclosed_epochs, preset.rate
     ours = {
         "shipped": Network(masked=masked),
-        f"fine-tuned on {len(lessons)}": Network(lessons=lessons, passes=passes, rate=rate, masked=masked),
+        f"fine-tuned on {len(lessons)}": Network(lessons=lessons, epochs=epochs, rate=rate, masked=masked),
     }
     who: list[tuple[str, tuple[Method, ...]]] = [(name, (one,)) for name, one in ours.items()]
     return [Trial(experiment, "rubisco in a shell", *one, scenes, masked) for one in who + _others(preset)]

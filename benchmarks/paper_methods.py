@@ -27,19 +27,17 @@ from tomocpt_stream import (
     ingest,
     load_picker,
     pick,
+    train,
 )
-from tomocpt_stream.augmentation import Augmentation
-from tomocpt_stream.crops import Sampling
-from tomocpt_stream.epochs import Epochs
-from tomocpt_stream.labelled import open_labelled
 from tomocpt_stream.pipeline import plan_pick
-from tomocpt_stream.training import Step, TrainOptions, train
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
     import numpy.typing as npt
+
+    from tomocpt_stream.loop import Step
 
 FLOOR = 0.02
 """Score below which a network's candidates are not kept."""
@@ -70,12 +68,12 @@ class Bench:
 class Network:
     """A picker as it is shipped, fine-tuned on scenes, or trained on them from nothing.
 
-    `passes` counts epochs of fine-tuning, or steps from nothing; `rate` is the learning rate.
+    One from nothing has the shipped one's architecture. `rate` is the learning rate.
     """
 
     start: Literal["shipped", "nothing"] = "shipped"
     lessons: tuple[SceneSpec, ...] = ()
-    passes: int = 0
+    epochs: int = 0
     rate: float = 5e-5
     batch: int = 4
     label: Literal["gaussian", "binary"] = "gaussian"
@@ -104,7 +102,7 @@ class Network:
             for spec, scene in zip(self.lessons, scenes, strict=True)
         ]
         names = [spec.key for spec in self.lessons]
-        asked = [shipped.fingerprint, self.start, names, self.passes, self.rate, self.batch, self.label]
+        asked = [shipped.fingerprint, self.start, names, self.epochs, self.rate, self.batch, self.label]
         folder = bench.folder / "pickers" / digest(asked)
 
         def listen(step: Step) -> None:
@@ -113,44 +111,29 @@ class Network:
             bench.tick()
 
         if self.start == "nothing":
-            return self._from_nothing(examples, shipped, folder, listen)
+            return train(
+                examples,
+                folder=folder,
+                architecture=shipped.metadata["architecture"],
+                window=shipped.window,
+                label=self.label,
+                particle_radius=shipped.particle_radius,
+                epochs=self.epochs,
+                learning_rate=self.rate,
+                schedule="cosine",
+                stop_after=0,
+                batch_size=self.batch,
+                on_step=listen,
+            )
         return fine_tune(
             examples,
             picker=shipped,
             folder=folder,
-            epochs=self.passes,
+            epochs=self.epochs,
             learning_rate=self.rate,
             batch_size=self.batch,
             on_step=listen,
         )
-
-    def _from_nothing(
-        self,
-        examples: list[LabelledTomogram],
-        shipped: Picker,
-        folder: Path,
-        listen: Callable[[Step], None],
-    ) -> Picker:
-        """Return a picker of the shipped one's architecture that has seen these scenes alone."""
-        sampling = Sampling(
-            window=shipped.window,
-            radius=shipped.particle_radius,
-            label=self.label,
-            augmentation=Augmentation(turns=True),
-        )
-        learnt = Epochs(
-            [one.ingest(folder / "volumes") for one in open_labelled(examples, shipped)], sampling
-        )
-        options = TrainOptions(
-            architecture=shipped.metadata["architecture"],
-            steps=self.passes,
-            batch_size=self.batch,
-            learning_rate=self.rate,
-            warm_up=max(1, min(50, self.passes // 10)),
-            sampling=sampling,
-            checkpoint_every=25,
-        )
-        return train(learnt, options=options, folder=folder / "run", on_step=listen)
 
 
 @dataclass(frozen=True)
