@@ -205,7 +205,7 @@ def _head(asked: argparse.Namespace, preset: Preset) -> list[str]:
         f"matching by {preset.angle:g}° on volumes binned {preset.binning} times",
         f"- the picker has learnt from the maps of {', '.join(known) or 'none of these particles'}",
         "- each at its best threshold; picks 0.75 diameters apart, matched one to one within half a diameter",
-        "- distances in shares of the diameter; CPU seconds of one process, training included",
+        "- distances in shares of the diameter; CPU seconds of the last part of a trial, training included",
     ]
 
 

@@ -142,7 +142,7 @@ def test_a_network_learns_from_nothing_and_its_map_is_kept(bench: Bench) -> None
     architecture = named_architecture("small")
     window = Window((64, 32, 32), (8, 4, 4))
     quick = Picker(
-        build_network(architecture), picker_metadata(architecture, window=window, particle_radius=5.0)
+        build_network(architecture), picker_metadata(architecture, window=window, particle_radius=4.0)
     )
     quick.save(bench.folder / "quick.safetensors")
     bench = replace(bench, picker=str(bench.folder / "quick.safetensors"))
