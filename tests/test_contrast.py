@@ -381,6 +381,41 @@ def test_a_volume_that_may_not_be_written_is_asked_again(tmp_path: Path) -> None
         assert picker.windows == 2 * WINDOWS * asked
 
 
+def test_doubt_is_said_again_by_a_later_run(tmp_path: Path) -> None:
+    class Blind(NamedBlobPicker):
+        def score(self, batch: Batch) -> Batch:
+            return np.zeros_like(batch)
+
+    volume = volume_of(tomogram(), tmp_path)
+    for _ in range(2):  # the second time it was found before
+        with pytest.warns(UserWarning, match="nothing was found; give the contrast"):
+            find_contrast(volume, Blind(), plan_of())
+
+
+def test_what_was_found_in_another_volume_does_not_count(tmp_path: Path) -> None:
+    volume = volume_of(tomogram(), tmp_path)
+    assert find_contrast(volume, PICKER, plan_of()).contrast == "dark"
+    other = replace(volume_of(tomogram("bright"), tmp_path / "other"), store=volume.store)
+    assert find_contrast(other, PICKER, plan_of()).contrast == "bright"
+
+
+def test_a_store_that_fails_once_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    volume, picker, failures = volume_of(tomogram(), tmp_path), Counted(), []
+    for name in ("get", "set_if_not_exists"):
+        asked = getattr(LocalStore, name)
+
+        async def fail(store: LocalStore, key: str, *more: Any, name: str = name, asked: Any = asked) -> Any:
+            if "receipts/contrast/" in key and name not in failures:
+                failures.append(name)
+                raise ConnectionResetError("reset by peer")
+            return await asked(store, key, *more)
+
+        monkeypatch.setattr(LocalStore, name, fail)
+    for _ in range(2):
+        assert find_contrast(volume, picker, plan_of()).contrast == "dark"
+    assert (sorted(failures), picker.windows) == (["get", "set_if_not_exists"], 2 * WINDOWS)
+
+
 @pytest.mark.parametrize("damage", ['{"contrast": "grey"}', "{", "[]"])
 def test_a_damaged_finding_is_named(tmp_path: Path, damage: str) -> None:
     volume = volume_of(tomogram(), tmp_path)
@@ -401,3 +436,16 @@ def test_progress_counts_windows(tmp_path: Path) -> None:
     )
     assert heard == [("contrast", done, WINDOWS) for done in range(WINDOWS + 1)]
     assert contrast.WINDOWS == 16
+
+
+def test_where_no_window_is_left_no_other_round_begins(tmp_path: Path) -> None:
+    class Blind(BlobPicker):
+        def score(self, batch: Batch) -> Batch:
+            return np.zeros_like(batch)
+
+    heard: list[tuple[str, int, int]] = []
+    with pytest.warns(UserWarning, match="nothing was found"):
+        find_contrast(
+            volume_of(tomogram(), tmp_path), Blind(), plan_of(), progress=lambda *report: heard.append(report)
+        )
+    assert heard[-1] == ("contrast", WINDOWS, WINDOWS)

@@ -27,6 +27,7 @@ from tomocpt_stream.blocks import CODEC_CONCURRENCY, box_of
 from tomocpt_stream.decoded import DECODED
 from tomocpt_stream.dispatch import run_jobs
 from tomocpt_stream.errors import ActionableError, CheckpointError
+from tomocpt_stream.patience import PatientStore
 from tomocpt_stream.peaks import CANDIDATE, find_peaks, order
 from tomocpt_stream.progress import Progress, WorkerProgress, silent
 from tomocpt_stream.receipts import Receipts, config_hash
@@ -142,20 +143,22 @@ def find_contrast(
         The picker's scores are not numbers.
     """
     fingerprint = getattr(picker, "fingerprint", None)
-    receipts = Receipts(volume.store, _RECEIPTS)
-    key = config_hash({"version": _VERSION, "picker": fingerprint, "window": repr(plan.window)})[:32]
-    if fingerprint is not None and (kept := receipts.get(key)) is not None:
+    receipts = Receipts(PatientStore(volume.store), _RECEIPTS)
+    asked = {"version": _VERSION, "volume": volume.fingerprint, "picker": fingerprint}
+    key = config_hash({**asked, "window": repr(plan.window)})[:32]
+    kept = None if fingerprint is None else receipts.get(key)
+    if kept is not None:
         finding = _from_json(key, kept)
-        _LOGGER.info("%s: %s (found before)", volume.name, finding)
-        return finding
-    with _sampled(volume, picker, plan, client, turns) as address:
-        finding = _search(volume, picker, plan.window, address, client, progress)
-    _LOGGER.info("%s: %s", volume.name, finding)
+    else:
+        with _sampled(volume, picker, plan, client, turns) as address:
+            finding = _search(volume, picker, plan.window, address, client, progress)
+        if fingerprint is not None and not volume.store.read_only:
+            with suppress(OSError, ActionableError):  # where nothing may be written it is found again
+                # Of two processes that found it at once, on unlike devices, both follow the first one.
+                finding = _from_json(key, receipts.put(key, asdict(finding)))
+    _LOGGER.info("%s: %s%s", volume.name, finding, "" if kept is None else " (found before)")
     if finding.is_doubtful:
         warnings.warn(f"{volume.name}: {_doubt(finding)}; give the contrast if you know it", stacklevel=2)
-    if fingerprint is not None and not volume.store.read_only:
-        with suppress(OSError, ActionableError):  # where nothing may be written it is found again
-            return _from_json(key, receipts.put(key, asdict(finding)))
     return finding
 
 
@@ -285,13 +288,16 @@ def _search(
     tables = [np.zeros(0, dtype=CANDIDATE), np.zeros(0, dtype=CANDIDATE)]
     left = _with_voxels(sample(volume.shape, window), volume, window)
     own, scored = own_contrast(picker), 0
+    indices = list(islice(left, WINDOWS))
     while True:
-        indices = list(islice(left, WINDOWS))
         for sign, found in enumerate(_score_all(volume.name, indices, address, client, progress)):
             tables[sign] = np.concatenate([tables[sign], found])
         scored += len(indices)
         finding = weigh(tables, volume.shape, own=own, radius=picker.particle_radius, windows=scored)
-        if not finding.is_doubtful or len(indices) < WINDOWS or scored >= ROUNDS * WINDOWS:
+        if not finding.is_doubtful or scored >= ROUNDS * WINDOWS:
+            return finding
+        indices = list(islice(left, WINDOWS))
+        if not indices:
             return finding
 
 
