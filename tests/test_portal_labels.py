@@ -288,6 +288,22 @@ def test_truth_in_other_formats_and_in_several_files(world: World, tmp_path: Pat
     assert one.particle == "b"
 
 
+def test_picks_of_runs_that_are_not_asked_for_do_not_matter(world: World, tmp_path: Path) -> None:
+    """Where places need the size of the tomogram, too: RELION's lie about a centre that no run here has."""
+    star = tmp_path / "all.star"
+    names = ("rec_TS_1_10.01Apx", "TS_10", "TS_100")
+    tables = [_picks(voxel_size=COARSE, shape=SHAPE, tomogram=name) for name in names]
+    write_picks(tables, star, format="relion5")
+    query = f"dataset={FIRST_DATASET} diameter=80 truth={star} voxel_spacing={COARSE}"
+    for runs, asked in (("TS_1,TS_10", ["TS_1", "TS_10"]), ("TS_1", ["TS_1"])):
+        labels = world.find(f"{query} run={runs}")
+        assert [record.run for record in labels.selection.records] == asked
+        for one in labels.examples:
+            assert isinstance(one.picks, Picks)
+            np.testing.assert_allclose(one.picks.zyx, CENTRES, atol=1e-4)
+        assert any("Picks of no run that is asked for" in note and "TS_100" in note for note in labels.notes)
+
+
 def test_a_name_that_several_runs_have_is_refused(world: World, tmp_path: Path) -> None:
     write_picks(_picks(voxel_size=COARSE, shape=SHAPE, tomogram="TS_1"), tmp_path / "t.star")
     said = world.refused(f"dataset={FIRST_DATASET},10450 diameter=80 truth={tmp_path / 't.star'}")

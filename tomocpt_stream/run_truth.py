@@ -7,6 +7,7 @@ file says its voxel size, it is the run's tomogram of that voxel spacing that is
 from __future__ import annotations
 
 from collections import defaultdict
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -25,6 +26,10 @@ if TYPE_CHECKING:
 Run: TypeAlias = tuple[int, int]
 """A run of the portal: dataset and id."""
 
+Extent: TypeAlias = tuple[tuple[int, int, int], float]
+"""Shape z, y, x and voxel size in Å."""
+
+_SOME: Extent = ((1, 1, 1), 1.0)
 # Voxel sizes that differ by less are one that somebody rounded: 10 Å for 10.012.
 _ROUNDED = 0.01
 
@@ -61,7 +66,7 @@ def read_truth(
     for layer in _layers(chosen.records):
         read = _Tables(layer, particle, tables.found)
         for path in unsized:  # which need the size of the tomogram, and count no voxels of their own
-            read.add(path, {record.run: (record.shape, record.voxel_spacing) for record in layer})
+            read.add(path, read.sizes(path))
         tables.strange |= {name: None for name in read.strange if not tables.knows(name)}
         for record in layer:
             if (table := read.found.get(run_key(record))) is not None:
@@ -101,7 +106,7 @@ class _Tables:
             self._called[record.name].add(run_key(record))
             self._series[series_name(record.run)].add(run_key(record))
 
-    def add(self, path: str, sizes: Mapping[str, tuple[tuple[int, int, int], float]] | None = None) -> bool:
+    def add(self, path: str, sizes: Mapping[str, Extent] | None = None) -> bool:
         """Take the tables of a file; return whether it could be read without the `sizes` of tomograms."""
         try:
             tables = read_kinds(path, tomograms=dict(sizes) if sizes else None, particle=self.particle)
@@ -121,6 +126,19 @@ class _Tables:
         for table in tables:
             self._take(path, table)
         return True
+
+    def sizes(self, path: str) -> dict[str, Extent]:
+        """Return the sizes of tomograms by their runs and by the names in a file that needs sizes.
+
+        A name that is of no run here is given some size: where its picks lie does not matter.
+        """
+        of_run = {run_key(record): (record.shape, record.voxel_spacing) for record in self.records}
+        sizes = {record.run: of_run[run_key(record)] for record in self.records}
+        with suppress(FormatError):  # what else the file lacks is said when it is read
+            for table in read_kinds(path, shape=_SOME[0], voxel_size=_SOME[1], particle=self.particle):
+                keys = self._keys(table.tomogram)
+                sizes[table.tomogram] = of_run[next(iter(keys))] if len(keys) == 1 else _SOME
+        return sizes
 
     def may_be_of(self, record: TomogramRecord, *, sized: bool) -> bool:
         """Return whether a table's voxels may be those of a tomogram; `sized`: some were not read yet."""
