@@ -86,3 +86,20 @@ def test_files_of_truth_are_for_who_chooses_no_other() -> None:
 def test_what_nothing_can_have_is_refused_before_anybody_is_asked(text: str, message: str) -> None:
     with pytest.raises(PortalError, match=message):
         read_query(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "dataset=1 truth=https://me:SECRET@host/a.star",
+        "diameter=9 dataset=1 trut=https://me:SECRET@host/a.star",
+        "diameter=9 dataset=1 https://host/a.star?sig=SECRET",
+        "diameter=9 dataset=1 truth=a.star,,https://host/a.star?sig=SECRET",
+        "diameter=9 dataset=1 truth='https://host/a.star?sig=SECRET",
+    ],
+)
+def test_what_is_secret_in_an_address_is_not_repeated(text: str) -> None:
+    with pytest.raises(PortalError) as error:
+        read_query(text)
+    assert "https://host/a.star" in str(error.value)
+    assert "SECRET" not in str(error.value)

@@ -70,5 +70,8 @@ def test_truth_is_for_queries_without_an_object(reached: World, tmp_path: Path) 
     both = run(output, "--portal", own, "--portal", f"{RIBOSOME} run=TS_1", "--truth", star)
     assert both.stdout == "DS-10440/TS_1 DS-10440/TS_10\n"
     assert "every --portal names" in run(output, "--portal", RIBOSOME, "--truth", star, code=1).stderr
+    signed = run(output, "--portal", RIBOSOME, "--truth", "https://host/a.star?sig=SECRET", code=1).stderr
+    assert "https://host/a.star, but" in signed
+    assert "SECRET" not in signed
     assert "--truth is for --portal" in run(output, "--truth", star, code=2).stderr
     assert run(output).stdout == "\n"

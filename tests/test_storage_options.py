@@ -16,7 +16,7 @@ from tests.buckets import portal_zarr
 from tests.scorers import PlaceDependent
 from tomocpt_stream import picker
 from tomocpt_stream.__main__ import main
-from tomocpt_stream.errors import CheckpointError, FormatError
+from tomocpt_stream.errors import CheckpointError, FormatError, SourceError
 from tomocpt_stream.formats import read_picks, write_picks
 from tomocpt_stream.heatmap import PickOptions, open_heatmap, predict
 from tomocpt_stream.lazy import heatmap_lazy
@@ -198,6 +198,14 @@ def test_a_secret_in_an_address_is_not_repeated(words: list[str], tmp_path: Path
             assert SECRET not in said
 
 
+@pytest.mark.parametrize("name", ["a.star", "a.picks"])
+def test_a_signature_of_a_file_of_picks_is_not_repeated(name: str) -> None:
+    with pytest.raises((FormatError, SourceError)) as error:
+        read_picks(f"https://host/{name}?X-Amz-Signature={SECRET}")
+    assert f"https://host/{name}" in str(error.value)
+    assert SECRET not in str(error.value)
+
+
 def test_options_are_for_the_provider_of_the_first_address() -> None:
     plain: dict[str, Any] = {
         "picker": "base",
@@ -273,6 +281,26 @@ def test_inspect_takes_its_picture_and_its_picker_where_the_tomogram_is(
     drawn = s3.bucket.client.get_object(Bucket=s3.bucket.name, Key="lab/size.png")["Body"].read()
     assert drawn.startswith(b"\x89PNG")
     assert loaded == [LAB]
+
+
+def test_inspect_gives_its_options_to_one_provider(
+    folder: Path, s3: S3, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That of the first address, which is that of the picture here, as it is for `pick`."""
+    loaded: list[dict[str, Any]] = []
+
+    def load(*_: str, device: str, storage_options: dict[str, Any]) -> NamedBlobPicker:
+        assert device == "auto"
+        loaded.append(storage_options)
+        return NamedBlobPicker()
+
+    monkeypatch.setattr(picker, "load_picker", load)
+    words = ["inspect", str(folder / "TS_1.zarr"), "--diameter", "80", "--no-picture", "--picker"]
+    options = ["--storage-option", "key=LABKEY", "--storage-option", "timeout=5"]
+    for more in ([], ["--output", "gs://box/size.png"]):
+        result = CliRunner().invoke(main, [*words, s3.address("lab/mine.safetensors"), *more, *options])
+        assert result.exit_code == 0, result.output
+    assert loaded == [{"key": "LABKEY", "timeout": "5"}, {"timeout": "5"}]
 
 
 def test_a_store_at_an_address_is_verified_with_its_options(lab: Way, s3: S3, folder: Path) -> None:

@@ -6,6 +6,7 @@ A text is of words KEY=VALUE, quoted as in a shell: `dataset=10003 object="*ribo
 from __future__ import annotations
 
 import math
+import re
 import shlex
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
@@ -16,6 +17,7 @@ from tomocpt_stream.errors import PortalError
 from tomocpt_stream.portal_annotations import Missing, number_of
 from tomocpt_stream.portal_scope import MEANINGS, read_scope
 from tomocpt_stream.portal_selection import filters, preference
+from tomocpt_stream.remote import shown
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
 _WHERE = ("deposition", "dataset", "run", "tomogram")
 # What says which annotation is the truth, and so has no meaning beside a file of it.
 _ANNOTATED = ("object", "ground_truth", "method", "shape", "annotation", "annotation_deposition")
+
+_ADDRESS = re.compile(r"\w+://\S*")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,4 +239,6 @@ def _value(key: str, kind: str, text: str) -> Any:
 
 
 def _refused(found: str, expected: str, remedy: str) -> PortalError:
-    return PortalError(found, expected=expected, remedy=remedy)
+    """Return the error for a text; a text has addresses, and these have secrets."""
+    plain = _ADDRESS.sub(lambda address: shown(address[0]), found)
+    return PortalError(plain, expected=expected, remedy=remedy)

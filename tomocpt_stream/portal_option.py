@@ -63,11 +63,12 @@ def portal_examples(
     from tomocpt_stream.label_queries import read_query
     from tomocpt_stream.portal_labels import find_labelled
     from tomocpt_stream.portal_queries import PortalAPI
+    from tomocpt_stream.remote import shown
 
     queries = [read_query(text, truth=truth) for text in texts]
     if unused := sorted(set(truth) - {path for query in queries for path in query.truth}):
         raise PortalError(
-            f"--truth {', '.join(unused)}, but every --portal names an object or a truth of its own",
+            f"--truth {', '.join(map(shown, unused))}, but every --portal names an object or its own truth",
             expected="a --portal that neither names an object nor a truth",
             remedy="leave out --truth, or object= where the portal has none",
         )

@@ -372,14 +372,17 @@ def _known(name: Format | None, path: str | Path, *, writing: bool) -> Kind:
                 remedy="choose one of them",
             )
         return able[name]
-    suffix = Path(path).suffix.lower()
+    from tomocpt_stream.remote import shown
+
+    plain = shown(str(path))  # a query of an address is refused where it is opened, and may be secret
+    suffix = Path(plain).suffix.lower()
     for kind in able.values():
         if suffix in kind.suffixes:
             return kind
     option = "--to" if writing else "--from, of view --format"
     suffixes = dict.fromkeys(suffix for kind in able.values() for suffix in kind.suffixes)
     raise FormatError(
-        f"{path} with suffix {suffix!r}",
+        f"{plain} with suffix {suffix!r}",
         expected=f"a suffix that says the format: {', '.join(filter(None, suffixes))}",
         remedy=f"rename the file, or pass format= ({option}; one of {', '.join(able)})",
     )
