@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -169,6 +169,25 @@ def test_the_voxel_spacing_is_that_of_the_pickers_particles(
         [4.99],
         [10.012],
     ]
+
+
+def test_the_picker_may_lie_where_the_output_goes(
+    server: PortalServer, s3: S3, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[tuple[str, dict[str, Any]]] = []
+
+    def load(source: str, *, device: str, storage_options: dict[str, Any]) -> NamedBlobPicker:
+        assert device == "auto"
+        loaded.append((source, storage_options))
+        return NamedBlobPicker()
+
+    monkeypatch.setattr(portal_commands, "pick_all", lambda *_: [])
+    monkeypatch.setattr(portal_commands, "_write", lambda *_: None)
+    monkeypatch.setattr(picker, "load_picker", load)
+    mine, lab = s3.address("into/mine.safetensors"), ["--storage-option", "region=us-west-2"]
+    for output in (s3.address("into/spot/"), "gs://box/picks/"):
+        run("pick", *PICK, "--picker", mine, "--output", output, *lab)
+    assert loaded == [(mine, {"region": "us-west-2"}), (mine, {})]
 
 
 def test_a_dataset_is_picked_into_a_bucket(server: PortalServer, s3: S3, way: Way, tmp_path: Path) -> None:

@@ -256,8 +256,9 @@ def inspect_command(source: str, diameter: float | None, output: str | None, **s
         warn(remark)
     if diameter is None:
         return
+    addresses = [source, *([] if output is None else [output])]
     _inspect_plan(
-        tomogram, diameter, settings, options_for(settings["picker"], [source], settings["storage_options"])
+        tomogram, diameter, settings, options_for(settings["picker"], addresses, settings["storage_options"])
     )
     if settings["picture"]:
         from tomocpt_stream.destinations import refuse_overwriting

@@ -13,7 +13,14 @@ import click
 
 from tomocpt_stream.formats import FORMATS
 from tomocpt_stream.options import LENGTH
-from tomocpt_stream.request import PickRequest, contrast_option, format_options, pick_all, storage_option
+from tomocpt_stream.request import (
+    PickRequest,
+    contrast_option,
+    format_options,
+    options_for,
+    pick_all,
+    storage_option,
+)
 from tomocpt_stream.terminal import count, print_table, warn
 
 if TYPE_CHECKING:
@@ -226,7 +233,9 @@ def _say_left_out(selection: Selection, *, each: bool) -> None:
 )
 @format_options
 @click.option("--scratch", metavar="DIR|ADDRESS", help="Keep working volumes and maps; a killed run goes on.")
-@click.option("--picker", default="base", metavar="NAME|FILE", help="The shipped picker or a picker file.")
+@click.option(
+    "--picker", default="base", metavar="NAME|FILE|ADDRESS", help="The shipped picker or a picker file."
+)
 @click.option("--device", default="auto", metavar="DEVICE", help="auto, cpu, cuda.")
 @click.option("--memory", metavar="SIZE", help='Memory budget, such as "4 GB".')
 @click.option("--workers", type=click.IntRange(min=1), metavar="N", help="Processes on this machine.")
@@ -239,7 +248,7 @@ def pick_command(output: str, mask_object: str | None, **settings: Any) -> None:
 
     One tomogram of each run is taken, by default one of the voxel spacing nearest to the picker's working
     voxels (diameter / 20 for the shipped one). One that cannot be picked is reported with its reason, the
-    others are done, and the exit code is 1. --storage-option is for --output and --scratch.
+    others are done, and the exit code is 1. --storage-option is for --output, --scratch and --picker.
     """
     from tomocpt_stream.annotation_files import tomogram_names
     from tomocpt_stream.citations import as_bibtex, as_table, citations
@@ -249,7 +258,9 @@ def pick_command(output: str, mask_object: str | None, **settings: Any) -> None:
     folder = place_of(output)
     if isinstance(folder, Path) and folder.is_file():
         raise click.UsageError(f"--output {output} is a file, and takes a folder.")
-    picker = load_picker(settings["picker"], device=settings["device"])
+    addresses = [str(place) for place in (settings["scratch"], output) if place]
+    own = options_for(settings["picker"], addresses, settings["storage_options"])
+    picker = load_picker(settings["picker"], device=settings["device"], storage_options=own)
     selection, api = chosen(settings, near=settings["diameter"] / (2 * picker.particle_radius))
     names = tomogram_names(selection.records)
     masks = {} if mask_object is None else _masks(selection, mask_object, api)
