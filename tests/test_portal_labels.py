@@ -186,6 +186,8 @@ def test_what_is_not_there_is_said(world: World) -> None:
     assert "without a run beside those of exclude=*" in world.refused(f"{RIBOSOME} exclude=*")
     left = world.find(f"{RIBOSOME} exclude=TS_1").selection
     assert [record.run for record in left.records] == ["TS_10"]
+    misspelt = world.find(f"{RIBOSOME} exclude=TS_1,TS-10,TS_0*")
+    assert "No run of dataset 10440 is called TS-10 or TS_0*, which exclude= names." in misspelt.notes
 
 
 def test_tomograms_that_cannot_be_read_stop_it_or_are_left_out(world: World) -> None:

@@ -75,3 +75,24 @@ def test_truth_is_for_queries_without_an_object(reached: World, tmp_path: Path) 
     assert "SECRET" not in signed
     assert "--truth is for --portal" in run(output, "--truth", star, code=2).stderr
     assert run(output).stdout == "\n"
+
+
+def test_what_is_asked_with_is_not_overwritten(reached: World, tmp_path: Path) -> None:
+    """The account of a run would be the selection of the next one, without the runs that are kept."""
+    run(tmp_path / "mine.safetensors", "--portal", RIBOSOME)
+    kept = tmp_path / "selection.json"
+    before = kept.read_bytes()
+    again = f"selection={kept} object=*ribosome* diameter=80 test=1"
+    said = run(tmp_path / "next.safetensors", "--portal", again, code=1).stderr
+    assert f"the output {kept} is an input" in said
+    assert kept.read_bytes() == before
+    assert run(tmp_path / "next" / "mine.safetensors", "--portal", again).stdout == "DS-10440/TS_10\n"
+
+
+def test_an_earlier_test_does_not_stay_beside_what_is_learnt_now(reached: World, tmp_path: Path) -> None:
+    output = tmp_path / "mine.safetensors"
+    run(output, "--portal", f"{RIBOSOME} test=1")
+    (tmp_path / "test_mine.json").write_text("{}")
+    assert (tmp_path / "test.json").exists()
+    run(output, "--portal", RIBOSOME)  # learns from that run
+    assert sorted(path.name for path in tmp_path.glob("test*")) == ["test_mine.json"]

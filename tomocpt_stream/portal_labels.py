@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from tomocpt_stream.annotation_files import AnnotationRecord
 
 _OPENED_AT_ONCE = 8
+_KEPT = "Kept for the test of "
 
 
 @dataclass(frozen=True)
@@ -58,19 +59,41 @@ class PortalLabels:
         """Write citations.md, citations.bib, selection.json and, where runs are kept for it, test.json.
 
         Of several queries each has its own test: test_1.json, test_2.json. Selections are what
-        `portal list` and `portal pick` take as --selection.
+        `portal list` and `portal pick` take as --selection. A test that an earlier account left there is
+        deleted, as its runs may be learnt from now.
         """
         cited = citations(self.selection.records, self.annotations, api=api)
-        texts = {"citations.md": as_table(cited), "citations.bib": as_bibtex(cited)}
-        selections = {"selection.json": self.selection}
-        for number, test in enumerate(self.tests, 1):
-            selections["test.json" if len(self.tests) == 1 else f"test_{number}.json"] = test
-        for name, selection in selections.items():
-            if selection.records:
-                texts[name] = json.dumps(selection.to_json(), indent=1, allow_nan=False)
+        selections = (self.selection, *self.tests)
+        texts = {
+            name: json.dumps(selection.to_json(), indent=1, allow_nan=False)
+            for name, selection in zip(_selection_names(len(self.tests)), selections, strict=True)
+            if selection.records
+        }
+        texts |= {"citations.md": as_table(cited), "citations.bib": as_bibtex(cited)}
         folder.mkdir(parents=True, exist_ok=True)
+        for path in (folder / "test.json", *folder.glob("test_*.json")):
+            if path.name not in texts and _is_test(path):
+                path.unlink()
         for name, text in texts.items():
             write_whole(folder / name, text)
+
+
+def account_names(queries: int) -> list[str]:
+    """Return the names of the files that `PortalLabels.write_account` may write for so many queries."""
+    return ["citations.md", "citations.bib", *_selection_names(queries)]
+
+
+def _selection_names(queries: int) -> list[str]:
+    tests = ["test.json"] if queries == 1 else [f"test_{number}.json" for number in range(1, queries + 1)]
+    return ["selection.json", *tests]
+
+
+def _is_test(path: Path) -> bool:
+    """Return whether a file is a test that an account wrote; others may be called so, too."""
+    try:
+        return any(note.startswith(_KEPT) for note in Selection.read(path).notes)
+    except (ActionableError, OSError):
+        return False
 
 
 @dataclass(frozen=True)
@@ -149,7 +172,8 @@ def _locate(query: LabelQuery, particle_radius: float, api: PortalAPI) -> _Truth
     excluded = [
         record for record in given.records if any(fits_name(record.run, name) for name in query.exclude)
     ]
-    records = [record for record in given.records if record not in excluded]
+    gone = {record.id for record in excluded}
+    records = [record for record in given.records if record.id not in gone]
     if not records:
         raise PortalError(
             f"{query} without a run beside those of exclude={','.join(query.exclude)}",
@@ -157,6 +181,9 @@ def _locate(query: LabelQuery, particle_radius: float, api: PortalAPI) -> _Truth
             remedy="exclude fewer",
         )
     out = [*given.left_out, *(LeftOut(record, "its run is excluded") for record in excluded)]
+    notes = []
+    if unmet := [name for name in query.exclude if not any(fits_name(one.run, name) for one in excluded)]:
+        notes.append(f"No run of {query} is called {' or '.join(unmet)}, which exclude= names.")
     near = query.near or query.diameter / (2 * particle_radius)
     liking = preference(records, near=near, prefer=query.prefer or None)
 
@@ -168,12 +195,11 @@ def _locate(query: LabelQuery, particle_radius: float, api: PortalAPI) -> _Truth
     if query.truth:
         read = read_truth(query.truth, records, of_each_run, particle=query.particle)
         out += read.left_out
-        return _Truth(query, read.records, out, read.notes, {}, read.picks)
+        return _Truth(query, read.records, out, [*notes, *read.notes], {}, read.picks)
     placed = place_annotations(records, query.wanted(), [query.shape] if query.shape else POINTS, api)
     files = _asked_for(query, placed.on)
     chosen = of_each_run([record for record in records if record.id in files])
     _refuse_ambiguous(chosen.records, files)
-    notes = []
     if placed.elsewhere:
         refused = listed(refusals(placed.elsewhere))
         notes.append(f"{len(placed.elsewhere)} annotation files lie on another alignment: {refused}")
@@ -282,7 +308,7 @@ def _label(
     annotations = tuple(file for file in annotations if file.file_id in lying)
     notes = [_summary(truth, examples, records, held), *notes]
     kept = sorted((record for record in truth.records if run_key(record) in held), key=by_place)
-    test = Selection(tuple(kept), (), (f"Kept for the test of {query}, not learnt from.",))
+    test = Selection(tuple(kept), (), (f"{_KEPT}{query}, not learnt from.",))
     return PortalLabels(examples, Selection(records, tuple(out)), (test,), annotations, tuple(notes))
 
 

@@ -60,8 +60,9 @@ def portal_examples(
         if truth:
             raise click.UsageError("--truth is for --portal; a table names its picks itself.")
         return []
+    from tomocpt_stream.destinations import refuse_overwriting
     from tomocpt_stream.label_queries import read_query
-    from tomocpt_stream.portal_labels import find_labelled
+    from tomocpt_stream.portal_labels import account_names, find_labelled
     from tomocpt_stream.portal_queries import PortalAPI
     from tomocpt_stream.remote import shown
 
@@ -72,6 +73,9 @@ def portal_examples(
             expected="a --portal that neither names an object nor a truth",
             remedy="leave out --truth, or object= where the portal has none",
         )
+    inputs = [path for query in queries for path in (query.selection, *query.truth) if path]
+    account = [output.parent / name for name in account_names(len(queries))]
+    refuse_overwriting(inputs, output, *account)
     api = PortalAPI(refresh=refresh, offline=offline)
     labels = find_labelled(*queries, particle_radius=particle_radius, api=api)
     for note in labels.notes:
