@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from tomocpt_stream import curriculum, train_command, training
+from tests.blobs import NamedBlobPicker
+from tomocpt_stream import curriculum, picker, train_command, training
 from tomocpt_stream.__main__ import main
 from tomocpt_stream.augmentation import Augmentation
 
@@ -93,12 +94,13 @@ def test_tomograms_of_the_portal_join_those_of_a_table(
         return ["from the portal"] * len(portal)
 
     monkeypatch.setattr(train_command, "portal_examples", found)
+    monkeypatch.setattr(picker, "load_picker", lambda *_, **__: NamedBlobPicker(particle_radius=4.0))
     _table()
     table = "mine.csv" if command == "finetune" else "--table mine.csv --particle-radius 8"
     _run(f"{command} {table} {OUT} --portal dataset=10003")
     assert len(seen["first"][0]) == 3
     assert seen["first"][0][-1] == "from the portal"
-    assert asked == [(("dataset=10003",), Path("mine.safetensors"), 10.0 if command == "finetune" else 8.0)]
+    assert asked == [(("dataset=10003",), Path("mine.safetensors"), 4.0 if command == "finetune" else 8.0)]
     _run(f"{command} {OUT} --portal dataset=10003")
     assert seen["first"][0] == ["from the portal"]
     assert "portal" not in seen

@@ -286,6 +286,10 @@ def _examples(
     inputs += [] if table is None else [str(table)]
     refuse_overwriting([*inputs, *settings["truth"], *others], output)
     radius = settings.get("particle_radius", 10.0)
+    if settings["portal"] and "particle_radius" not in settings:  # that of the picker which learns on
+        from tomocpt_stream.picker import load_picker
+
+        radius = load_picker(settings["picker"], device="cpu").particle_radius
     examples += portal_examples(settings, output, particle_radius=radius)
     return [replace(one, partial=True) for one in examples] if settings.pop("partial") else examples
 
