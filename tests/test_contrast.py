@@ -343,6 +343,7 @@ def test_one_window_needs_less_memory_than_the_plan_has(shape: tuple[int, int, i
         ({"contrast": "dark"}, "bright", "dark"),
         ({}, "bright", "bright"),
         (None, None, "dark"),
+        ("of a paper", "bright", "bright"),
     ],
 )
 def test_a_picker_says_what_it_was_trained_on(metadata: Any, attribute: Any, own: str) -> None:

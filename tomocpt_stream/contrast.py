@@ -13,6 +13,7 @@ import logging
 import math
 import uuid
 import warnings
+from collections.abc import Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -105,8 +106,9 @@ class Finding:
 
 def own_contrast(picker: Any) -> Look:
     """Return how protein looked when a picker was trained: its metadata say, else itself, else dark."""
-    metadata = getattr(picker, "metadata", None) or {}
-    said = str(metadata.get("contrast", getattr(picker, "contrast", "dark")))
+    said, metadata = getattr(picker, "contrast", "dark"), getattr(picker, "metadata", None)
+    if isinstance(metadata, Mapping):  # a picker of somebody's own may call anything so
+        said = metadata.get("contrast", said)
     return "bright" if said == "bright" else "dark"
 
 
