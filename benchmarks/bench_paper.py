@@ -55,7 +55,7 @@ def main() -> int:
     preset = replace(preset, angle=asked.angle or preset.angle, binning=asked.binning or preset.binning)
     folder = asked.folder / preset.name
     torch.set_num_threads(asked.threads)
-    bench = Bench(asked.data, folder, asked.picker, tick=_clock(asked.minutes))
+    bench = Bench(asked.data, folder, asked.picker, tick=clock(asked.minutes))
     trials = [
         trial
         for name in asked.only
@@ -87,7 +87,7 @@ def main() -> int:
     page = Pages(bench, folder).write(rows, _head(asked, preset))
     print(page.read_text())
     if asked.write:
-        _publish(folder, f"paper_{preset.name}_{_hardware()}_{date.today():%Y%m}")
+        publish(folder, f"paper_{preset.name}_{hardware()}_{date.today():%Y%m}")
     if len(rows) < len(trials):
         print(f"time is over after {len(rows)} of {len(trials)} trials; the same command goes on")
         return PART_OVER
@@ -153,7 +153,7 @@ def _simulate(trials: list[Trial], bench: Bench, workers: int) -> None:
             raise
 
 
-def _clock(minutes: float | None) -> Callable[[], None]:
+def clock(minutes: float | None) -> Callable[[], None]:
     """Return what raises PartOver once so many minutes have passed."""
     end = None if minutes is None else time.monotonic() + 60 * minutes
 
@@ -173,13 +173,14 @@ def _write(folder: Path, rows: list[dict[str, Any]]) -> None:
         temporary.replace(folder / f"{name}.json")
 
 
-def _hardware() -> str:
+def hardware() -> str:
+    """Return what the figures were made on, for a file's name."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name().replace(" ", "-").lower()
     return f"{os.cpu_count()}cpu-{platform.machine()}"
 
 
-def _publish(folder: Path, name: str) -> None:
+def publish(folder: Path, name: str) -> None:
     """Copy page and pictures to the results, the pictures below the page."""
     RESULTS.mkdir(exist_ok=True)
     text = (folder / "page.md").read_text()
