@@ -4,13 +4,15 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from kornia.filters import spatial_gradient3d
 
+from tomocpt_stream import losses
 from tomocpt_stream.losses import loss_terms, voxel_weights
 from tomocpt_stream.targets import paint_box
 
 
 def _second_derivatives(volume: npt.NDArray[np.float64]) -> list[npt.NDArray[np.float64]]:
-    """The six second derivatives by differences, the faces repeated."""
+    """The six second derivatives by differences as kornia had them in 2024, the faces repeated."""
     p = np.pad(volume, 1, mode="edge")
 
     def at(z: int, y: int, x: int) -> npt.NDArray[np.float64]:
@@ -21,9 +23,9 @@ def _second_derivatives(volume: npt.NDArray[np.float64]) -> list[npt.NDArray[np.
         at(0, 0, -1) - 2 * volume + at(0, 0, 1),
         at(0, -1, 0) - 2 * volume + at(0, 1, 0),
         at(-1, 0, 0) - 2 * volume + at(1, 0, 0),
-        (at(0, -1, -1) + at(0, 1, 1) - at(0, -1, 1) - at(0, 1, -1)) / 4,
-        (at(-1, -1, 0) + at(1, 1, 0) - at(-1, 1, 0) - at(1, -1, 0)) / 4,
-        (at(-1, 0, -1) + at(1, 0, 1) - at(-1, 0, 1) - at(1, 0, -1)) / 4,
+        at(0, -1, -1) + at(0, 1, 1) - at(0, -1, 1) - at(0, 1, -1),
+        at(-1, -1, 0) + at(1, 1, 0) - at(-1, 1, 0) - at(1, -1, 0),
+        at(-1, 0, -1) + at(1, 0, 1) - at(-1, 0, 1) - at(1, 0, -1),
     ]
 
 
@@ -48,6 +50,26 @@ def test_loss_terms_equal_the_equations_in_numpy() -> None:
         expected_gradient.append(sum(_huber(a - b).mean() for a, b in pairs))
     assert float(weighted) == pytest.approx(np.mean(expected_weighted), rel=1e-5)
     assert float(gradient) == pytest.approx(np.mean(expected_gradient), rel=1e-5)
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.25])
+def test_the_gradient_term_is_that_of_the_paper_with_any_kornia(
+    monkeypatch: pytest.MonkeyPatch, weight: float
+) -> None:
+    """Up to kornia 0.8 a mixed derivative is the sum of its neighbours, from 0.9 on a quarter of it."""
+    label, answered = torch.rand(2, 1, 9, 8, 7, generator=torch.Generator().manual_seed(0))
+    expected = loss_terms(answered, label)
+    own = losses._mixed_weight()
+
+    def another(values: torch.Tensor, mode: str, order: int) -> torch.Tensor:
+        derived: torch.Tensor = spatial_gradient3d(values, mode=mode, order=order).clone()
+        derived[:, :, 3:] *= weight / own
+        return derived
+
+    monkeypatch.setattr(losses, "spatial_gradient3d", another)
+    again = loss_terms(answered, label)
+    for one, two in zip(again, expected, strict=True):
+        assert float(one) == pytest.approx(float(two), rel=1e-6)
 
 
 def test_weights_follow_the_counts_of_each_crop() -> None:

@@ -64,7 +64,23 @@ def voxel_weights(label: torch.Tensor, known: torch.Tensor | None = None) -> tor
 
 
 def _derivatives(values: torch.Tensor) -> torch.Tensor:
-    """Return the six second derivatives (n, 6, z, y, x) of values (n, z, y, x)."""
+    """Return the six second derivatives (n, 6, z, y, x) of values (n, z, y, x), the mixed ones last.
+
+    The mixed ones are sums and differences of four neighbours, not a quarter of them: so were they in the
+    kornia of the paper, and up to 0.8; from 0.9 on it gives a quarter.
+    """
+    derived = _by_kornia(values)
+    return torch.cat([derived[:, :3], derived[:, 3:] / _mixed_weight()], dim=1)
+
+
+def _mixed_weight() -> float:
+    """Return the weight of a neighbour in a mixed derivative of the kornia at hand."""
+    point = torch.zeros(1, 3, 3, 3)
+    point[0, 1, 1, 1] = 1
+    return float(_by_kornia(point)[:, 3:].abs().max())
+
+
+def _by_kornia(values: torch.Tensor) -> torch.Tensor:
     with warnings.catch_warnings():
         # kornia allocates its constant filters through a constructor that torch has marked as old.
         warnings.simplefilter("ignore", DeprecationWarning)
