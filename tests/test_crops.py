@@ -252,6 +252,24 @@ def test_places_are_known_where_they_were_annotated() -> None:
     assert known_at(alone, places, 6.0).tolist() == [False, False, False, True, False]
 
 
+def test_places_are_looked_up_box_by_box() -> None:
+    rng = np.random.default_rng(6)
+    region, places = _Slab(70, []), rng.uniform(-5, 133, (400, 3))
+    chosen = replace(_example((128, 128, 64)), annotated=region)
+    known = known_at(chosen, places)
+    assert known.tolist() == (np.rint(places[:, 0]) >= 70).tolist()
+    assert len(region.asked) == 4
+    assert max(region.asked) <= 64**3
+
+
+def test_an_empty_crop_is_empty_behind_the_face_too() -> None:
+    """What hangs over a face is the volume reflected, with the particles that lie there."""
+    chosen = Example(_Memory(np.zeros((34, 34, 120), np.float32)), np.array([[17.0, 17, 102]]))
+    for step in range(40):
+        _, label, _ = draw_batch([chosen], replace(SAMPLING, positive=0.0), size=1, seed=0, step=step)
+        assert not label.any()
+
+
 def test_drawn_crops_lie_where_the_truth_is_known() -> None:
     centres = np.array([[10.0, 40, 40], [60, 4, 4]])
     chosen = Example(_Memory(np.zeros((80, 80, 80), np.float32)), centres, annotated=_Slab(50, []))

@@ -137,7 +137,9 @@ def test_shells_are_the_mean_by_distance_and_the_annotated_ones_only() -> None:
 
     class _Upper:
         def inside(self, spans: tuple[tuple[int, int], ...]) -> npt.NDArray[np.bool_]:
-            return np.full([b - a for a, b in spans], spans[0][0] > 5)
+            marks = np.ones([b - a for a, b in spans], bool)
+            marks[: max(0, 6 - spans[0][0])] = False
+            return marks
 
     mean = MeanParticle.of(replace(chosen, annotated=_Upper()), 6.0)
     # A shell is the mean over what lies within a voxel of it, the outer part of which is larger.
@@ -175,7 +177,9 @@ def test_a_candidate_must_score_as_labels_do_and_be_none() -> None:
 
     class _Left:
         def inside(self, spans: tuple[tuple[int, int], ...]) -> npt.NDArray[np.bool_]:
-            return np.full([b - a for a, b in spans], spans[2][0] < 75)
+            marks = np.zeros([b - a for a, b in spans], bool)
+            marks[:, :, : max(0, 75 - spans[2][0])] = True
+            return marks
 
     # Only what was annotated is looked at, and half of that stays known.
     part = replace(chosen, annotated=_Left())

@@ -56,6 +56,15 @@ def test_a_crop_is_positive_where_its_label_is() -> None:
         assert len(Epochs([replace(item, centres=np.array([centre]))], SAMPLING).positive)
 
 
+def test_a_sphere_that_ends_between_two_voxels_makes_no_crop_positive() -> None:
+    item = _example((40, 70, 70), [[20.0, 20.5, 24.0]])  # a crop begins at 28, one radius on
+    epochs = Epochs([item], SMALL)
+    for rows, positive in ((epochs.positive, True), (epochs.negative, False)):
+        assert len(rows)
+        for row in rows[:, 1:].tolist():
+            assert read_crop(item, row, SMALL)[1].any() == positive
+
+
 def test_an_epoch_has_each_positive_crop_once_and_as_many_others() -> None:
     examples = [_example((40, 100, 120), [[20, 50, 60]]), _example((40, 100, 120), [], seed=1)]
     epochs = Epochs(examples, SMALL, seed=3)

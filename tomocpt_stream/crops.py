@@ -38,6 +38,8 @@ LEAST_KNOWN = 1 / 8
 # Around a candidate that may be a particle, so many radii are unknown: its own sphere, wherever within
 # half a radius of the candidate it lies.
 DOUBT = 1.5
+# Edge (voxels) of the boxes of a region that places are looked up in.
+_ASKED = 64
 # Voxels beyond a turned crop that its cubic splines are made from; 0.27 to this power is what is lost.
 _SPLINE = 6
 
@@ -203,11 +205,25 @@ def known_at(chosen: Example, points: Points, radius: float = 0.0) -> Bools:
         marks &= (doubt > DOUBT * radius) | (explained <= doubt)
     if chosen.annotated is None:
         return marks
-    nearest = np.rint(points).astype(np.int64).clip(0, np.array(chosen.volume.shape) - 1)
-    for row, (z, y, x) in enumerate(nearest.tolist()):
-        if marks[row]:
-            marks[row] = chosen.annotated.inside(((z, z + 1), (y, y + 1), (x, x + 1)))[0, 0, 0]
+    limits = np.array(chosen.volume.shape) - 1
+    nearest = np.rint(points).clip(0, limits).astype(np.int64)
+    # Places near one another are asked together: a stored mask would read its chunk for each.
+    cells, which = np.unique(nearest // _ASKED, axis=0, return_inverse=True)
+    for cell in range(len(cells)):
+        rows = np.flatnonzero((which.reshape(-1) == cell) & marks)
+        if len(rows):
+            z, y, x = ((int(at.min()), int(at.max()) + 1) for at in nearest[rows].T)
+            at_z, at_y, at_x = (nearest[rows] - (z[0], y[0], x[0])).T
+            marks[rows] = chosen.annotated.inside((z, y, x))[at_z, at_y, at_x]
     return marks
+
+
+def reaches(places: Points, box: Box, radius: float) -> bool:
+    """Return whether a voxel of a box inside the volume lies in the sphere of one of the places (n, 3)."""
+    low, high = (np.array(ends) for ends in zip(*((side.start, side.stop - 1) for side in box), strict=True))
+    # From the nearest voxel: a sphere may end between two voxels of the box.
+    away = places - np.rint(places).clip(low, high)
+    return bool(((away**2).sum(axis=1) <= radius**2).any())
 
 
 def check_examples(examples: Sequence[Example], what: str) -> None:
@@ -342,12 +358,12 @@ def _empty(
     for _ in range(_TRIES):
         drawn = _around(chosen.others, sampling, rng, bounds) if hard else None
         tried = rng.integers(bounds[0], bounds[1] + 1) if drawn is None else drawn
-        if not _is_known(chosen, tried, sampling):
+        _, box = _reflected(chosen, tried.tolist(), sampling.window.shape)
+        known = known_voxels(chosen, box, sampling.radius)
+        if known is not None and known.mean() < LEAST_KNOWN:
             continue
         start = tried
-        stop = start + np.array(sampling.window.shape) - 1
-        nearest = np.clip(chosen.centres, np.maximum(start, 0), stop)
-        if not (((chosen.centres - nearest) ** 2).sum(axis=1) <= sampling.radius**2).any():
+        if not reaches(chosen.centres, box, sampling.radius):
             break
     if start is None and not len(chosen.certain):
         raise SourceError(
@@ -356,9 +372,3 @@ def _empty(
             remedy="annotate more of it, or leave it out",
         )
     return start
-
-
-def _is_known(chosen: Example, start: npt.NDArray[np.int64], sampling: Sampling) -> bool:
-    _, box = _reflected(chosen, start.tolist(), sampling.window.shape)
-    known = known_voxels(chosen, box, sampling.radius)
-    return known is None or bool(known.mean() >= LEAST_KNOWN)

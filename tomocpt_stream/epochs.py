@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from tomocpt_stream.crops import LEAST_KNOWN, changed_crop, known_voxels, stack
+from tomocpt_stream.crops import LEAST_KNOWN, changed_crop, known_voxels, reaches, stack
 from tomocpt_stream.known import PartRegion
 from tomocpt_stream.targets import paint_box
 
@@ -256,10 +256,11 @@ def _rows(index: int, item: Example, sampling: Sampling) -> npt.NDArray[np.int64
 
 
 def _reached(item: Example, places: Points, start: npt.NDArray[np.int64], sampling: Sampling) -> bool:
-    low = np.maximum(start, 0)
-    high = np.minimum(np.add(start, sampling.window.shape), item.volume.shape) - 1
-    away = places - np.clip(places, low, high)
-    return bool(((away**2).sum(axis=1) <= sampling.radius**2).any())
+    z, y, x = (
+        slice(max(0, int(at)), min(int(at) + length, whole))
+        for at, length, whole in zip(start, sampling.window.shape, item.volume.shape, strict=True)
+    )
+    return reaches(places, (z, y, x), sampling.radius)
 
 
 def _edges(
