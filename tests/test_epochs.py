@@ -255,6 +255,25 @@ def test_half_of_the_negatives_hold_particles_of_other_kinds() -> None:
     assert held(every.order(0)) == min(count, held(every.negative))
 
 
+def test_slabs_and_groups_are_kept_by_the_particles_that_were_annotated() -> None:
+    rng = np.random.default_rng(3)
+    shape = (40, 200, 200)
+    marks = np.zeros(shape, bool)
+    marks[:, :, 100:] = True
+    item = replace(_example(shape, []), centres=rng.uniform(0, shape, (80, 3)), annotated=_Marked(marks, []))
+    for seed in range(3):
+        parted = split([item], ["one"], SMALL, seed=seed)
+        assert all(len(Epochs(side, SMALL).positive) for side in (parted.training, parted.validation))
+    # All that is annotated lies in one fifth along x: only cuts along y leave some on both sides.
+    marks[:, :, :170] = False
+    assert "along y" in split([item], ["one"], SMALL).remarks[0]
+    nothing = replace(item, annotated=_Marked(np.zeros(shape, bool), []))
+    groups = [f"g{k}" for k in range(5)]
+    for seed in range(8):
+        parted = split([item, *[nothing] * 3, replace(item)], groups, SMALL, seed=seed)
+        assert nothing not in parted.validation
+
+
 def test_a_slab_takes_its_region_and_its_other_places_along() -> None:
     centres = [[20, y, 45.25] for y in range(5, 200, 10)]
     marks = np.random.default_rng(1).random((40, 200, 90)) > 0.5

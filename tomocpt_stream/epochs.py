@@ -157,7 +157,7 @@ def split(examples: Sequence[Example], groups: Sequence[str], sampling: Sampling
         members[group].append(item)
     if len(members) < _GROUPS:
         return _slabs(members, sampling)
-    able = [group for group, items in members.items() if any(len(item.centres) for item in items)]
+    able = [group for group, items in members.items() if any(len(item.certain) for item in items)]
     count = min(round(_SHARE * len(members)), len(able) - 1)
     chosen = {able[k] for k in np.random.default_rng([seed, 1]).permutation(len(able))[: max(0, count)]}
     names = ", ".join(sorted(chosen)) or "none, for too few have particles"
@@ -197,7 +197,7 @@ def _cuts(items: list[Example], axis: int, sampling: Sampling) -> Iterator[_Cut]
     """Yield the cuts at both ends of an axis that leave particles and a crop's length on both sides."""
     gap = sampling.window.shape[axis]
     for end in ("first", "last"):
-        learnt, held = [], []
+        learnt, held, kept, rest = [], [], 0, 0
         for item in items:
             whole = item.volume.shape[axis]
             width = round(_SHARE * whole)
@@ -208,18 +208,25 @@ def _cuts(items: list[Example], axis: int, sampling: Sampling) -> Iterator[_Cut]
                 inner, outer = (whole - width, whole), (0, whole - width - gap)
             held.append(_part(item, axis, inner, sampling.radius))
             learnt.append(_part(item, axis, outer, sampling.radius))
-        kept, rest = (sum(len(item.centres) for item in side) for side in (held, learnt))
+            # By the particles that count: a slab without an annotated one would judge nothing.
+            along = item.certain[:, axis]
+            kept += int(_reaching(along, inner, sampling.radius).sum())
+            rest += int(_reaching(along, outer, sampling.radius).sum())
         if kept and rest:
-            total = sum(len(item.centres) for item in items)
+            total = sum(len(item.certain) for item in items)
             yield _Cut(f"{end} {_SHARE:.0%} along {_LETTERS[axis]}", learnt, held, kept / total)
+
+
+def _reaching(along: npt.NDArray[np.float64], span: tuple[int, int], radius: float) -> npt.NDArray[np.bool_]:
+    """Return which places along an axis lie within `radius` of a span of it."""
+    return np.asarray((along >= span[0] - radius) & (along <= span[1] - 1 + radius))
 
 
 def _part(item: Example, axis: int, span: tuple[int, int], radius: float) -> Example:
     """Return the part of an example within `span` along an axis, with the particles that reach into it."""
     start, shape = [0, 0, 0], list(item.volume.shape)
     start[axis], shape[axis] = span[0], span[1] - span[0]
-    along = item.centres[:, axis]
-    centres: Points = item.centres[(along >= span[0] - radius) & (along <= span[1] - 1 + radius)]
+    centres: Points = item.centres[_reaching(item.centres[:, axis], span, radius)]
     first = (start[0], start[1], start[2])
     part = Part(item.volume, first, (shape[0], shape[1], shape[2]))
     return replace(
