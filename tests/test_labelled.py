@@ -188,7 +188,7 @@ def test_a_table_says_what_is_annotated_partial_and_of_other_kinds(tmp_path: Pat
     (tmp_path / "table.csv").write_text(
         "tomogram,picks,diameter,particle,annotated,partial,others,weight\n"
         "TS_1.mrc,both.csv,80,a,mask.mrc,yes,*,2.5\n"
-        'TS_1.mrc,both.csv,90,a,"0:20, :, 1:72",NO,both.csv,\n'
+        'TS_1.mrc, both.csv, 90, a, "0:20, :, 1:72", NO, both.csv,\n'
         "TS_1.mrc,both.csv,100,a,0:20 0:64 1:72,,,1\n"
     )
     items = read_table(tmp_path / "table.csv")

@@ -127,7 +127,7 @@ def read_table(path: str | os.PathLike[str]) -> list[LabelledTomogram]:
     path = Path(path)
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            lines = csv.reader(file, strict=True)
+            lines = csv.reader(file, strict=True, skipinitialspace=True)
             rows = [(lines.line_num, [cell.strip() for cell in row]) for row in lines]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise FormatError(
