@@ -289,6 +289,29 @@ def test_regions_and_others_must_fit(
         open_labelled([item], picker)
 
 
+def test_others_of_a_star_file_are_its_other_classes(tmp_path: Path, picker: Picker) -> None:
+    known: dict[str, Any] = {"voxel_size": 5.0, "shape": (40, 64, 72), "tomogram": "TS_1"}
+    write_picks(_picks(np.concatenate([CENTRES, CENTRES[:1] + 12]), **known), tmp_path / "all.star")
+    text = (tmp_path / "all.star").read_text().rstrip()
+    *head, first, second, third = text.splitlines()
+    number = sum(line.startswith("_rln") for line in head[head.index("data_particles") :]) + 1
+    lines = [*head, f"_rlnClassNumber #{number}", f"{first} 1", f"{second} 1", f"{third} 2", ""]
+    (tmp_path / "all.star").write_text("\n".join(lines))
+    item = LabelledTomogram(_write(tmp_path), tmp_path / "all.star", 80.0, particle="1", others="*")
+    (one,) = open_labelled([item], picker)
+    np.testing.assert_allclose(sorted(one.picks.zyx.tolist()), sorted(CENTRES.tolist()), atol=1e-4)
+    np.testing.assert_allclose(one.others, CENTRES[:1] + 12, atol=1e-4)
+
+
+def test_others_that_are_all_of_this_kind_are_none(tmp_path: Path, picker: Picker) -> None:
+    """A file without kinds is the kind that was asked for, and holds no other."""
+    known: dict[str, Any] = {"voxel_size": 5.0, "shape": (40, 64, 72), "tomogram": "TS_1"}
+    write_picks(_picks(**known), tmp_path / "plain.star")
+    item = LabelledTomogram(_write(tmp_path), tmp_path / "plain.star", 80.0, particle="ribosome", others="*")
+    with pytest.raises(FormatError, match=r"no other particles of 'TS_1' in .*plain\.star"):
+        open_labelled([item], picker)
+
+
 def test_others_of_a_file_without_other_kinds_are_refused(tmp_path: Path, picker: Picker) -> None:
     known: dict[str, Any] = {"voxel_size": 5.0, "shape": (40, 64, 72), "tomogram": "TS_1"}
     write_picks(_picks(particle="a", **known), tmp_path / "one.csv")

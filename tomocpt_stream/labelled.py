@@ -371,6 +371,7 @@ def _others(item: LabelledTomogram, tomogram: Tomogram, picks: Picks) -> Points:
         zyx = np.concatenate(
             [_nowhere(), *(one.zyx for one in tables if not every or one.particle != item.particle)]
         )
+        zyx = _apart(zyx, picks, item.diameter, tomogram)
         if not len(zyx):
             kinds = sorted({table.particle for table in tables})
             raise FormatError(
@@ -379,11 +380,15 @@ def _others(item: LabelledTomogram, tomogram: Tomogram, picks: Picks) -> Points:
                 expected="particles that are not of this kind, of this tomogram by its name",
                 remedy="leave others out, or correct the names",
             )
-    if not len(picks):
+    return _apart(zyx, picks, item.diameter, tomogram)
+
+
+def _apart(zyx: Points, picks: Picks, diameter: float, tomogram: Tomogram) -> Points:
+    """Return the places that are no pick: farther than a quarter of a diameter from each."""
+    if not len(picks) or not len(zyx):
         return zyx
-    near = item.diameter / 4 / tomogram.frame.file_voxel_size
     away, _ = KDTree(picks.zyx).query(zyx)
-    apart: Points = zyx[away > near]
+    apart: Points = zyx[away > diameter / 4 / tomogram.frame.file_voxel_size]
     return apart
 
 
