@@ -11,7 +11,7 @@ from scipy.spatial import KDTree
 from tests.scorers import MatchedFilter
 from tomocpt_stream.augmentation import Augmentation
 from tomocpt_stream.blocks import Window
-from tomocpt_stream.crops import Example, Sampling, changed_crop, example, read_crop
+from tomocpt_stream.crops import Example, Sampling, changed_crop, example, known_voxels, read_crop
 from tomocpt_stream.doubt import MeanParticle, find_doubtful, unexplained
 from tomocpt_stream.epochs import Epochs
 from tomocpt_stream.evaluation import match
@@ -168,27 +168,47 @@ def test_a_candidate_must_score_as_labels_do_and_be_none() -> None:
     np.testing.assert_array_equal(
         others.places, [place for place in expected if KDTree(far[-3:]).query(place)[0] > 5]
     )
-    # Where labels score nothing, all that is left is the floor; half of the volume stays known.
+    # Where labels score nothing, all that is left is the floor.
     blind = unexplained(chosen, far, scores[20:], 5.0)
     assert blind.level == pytest.approx(0.05)
     assert len(blind.places) == 30
-    crowd = rng.uniform(60, 100, (5000, 3))
-    assert len(unexplained(chosen, crowd, np.full(5000, 0.5), 5.0).places) == 954
-
-    class _Left:
-        def inside(self, spans: tuple[tuple[int, int], ...]) -> npt.NDArray[np.bool_]:
-            marks = np.zeros([b - a for a, b in spans], bool)
-            marks[:, :, : max(0, 75 - spans[2][0])] = True
-            return marks
-
-    # Only what was annotated is looked at, and half of that stays known.
-    part = replace(chosen, annotated=_Left())
-    left = unexplained(part, crowd, np.full(5000, 0.5), 5.0)
-    assert len(left.places) == 716
-    assert (left.places[:, 2] < 75).all()
     for none in (np.zeros((0, 3)), far):
         empty = replace(chosen, centres=np.zeros((0, 3)))
         assert not len(unexplained(empty, none, np.full(len(none), 0.5), 5.0).places)
+
+
+def test_half_of_what_was_annotated_stays_known_whatever_is_doubtful() -> None:
+    @dataclass(frozen=True, eq=False)
+    class _Space:
+        shape: tuple[int, int, int] = (80, 90, 100)
+
+    @dataclass(frozen=True, eq=False)
+    class _Left:
+        width: int
+
+        def inside(self, spans: tuple[tuple[int, int], ...]) -> npt.NDArray[np.bool_]:
+            marks = np.zeros([b - a for a, b in spans], bool)
+            marks[:, :, : max(0, self.width - spans[2][0])] = True
+            return marks
+
+    rng = np.random.default_rng(4)
+    shape = _Space().shape
+    box = (slice(0, shape[0]), slice(0, shape[1]), slice(0, shape[2]))
+    chosen = Example(_Space(), rng.uniform(0, 60, (20, 3)))  # type: ignore[arg-type]
+    crowd = rng.uniform(0, shape, (5000, 3))
+    scores = rng.uniform(0.06, 0.9, 5000)
+    best = set(map(tuple, crowd[np.argsort(-scores)[:2000]]))
+    for width in (100, 40):
+        item = replace(chosen, annotated=_Left(width))
+        places = unexplained(item, crowd, scores, 5.0).places
+        assert (places[:, 2] < width).all()
+        known = known_voxels(replace(item, doubtful=places), box, 5.0)
+        assert known is not None
+        assert known[:, :, :width].mean() == pytest.approx(0.5, abs=0.02)
+        assert set(map(tuple, places)) <= best
+    # Those that lie on one another hide little, and so do those beside labels.
+    heap = rng.normal((70, 80, 90), 2, (3000, 3))
+    assert len(unexplained(chosen, heap, np.full(3000, 0.5), 5.0).places) == 3000
 
 
 def _field(seed: int) -> tuple[npt.NDArray[np.float32], Points]:

@@ -38,8 +38,9 @@ Float32 = npt.NDArray[np.float32]
 # A candidate has to score so much of what all but a twentieth of the labelled particles score: less than
 # they do, for they were taught to the scorer, or are in its mean.
 _QUANTILE, _LENIENT = 0.05, 0.7
-# The spheres of all candidates may fill so much of what was annotated: a network must see some background.
-_MOST = 0.5
+# Of what was annotated so much may become unknown: a network must see some background. Measured at
+# this many even places along each axis.
+_MOST, _SAMPLES = 0.5, 27
 # Labelled particles that a mean is made of: more would not change it.
 _ENOUGH = 300
 
@@ -134,7 +135,7 @@ def find_doubtful(
     The map of `scorer`, or where it is None of the mean labelled particle, is kept in `folder`, and a
     search that was killed goes on there. A candidate is explained by a particle within `radius` working
     voxels. As good is one that scores 0.7 of what all but a twentieth of the labelled particles do; the best
-    of them are taken until their spheres would fill half of what was annotated.
+    of them are taken until half of what was annotated would be unknown.
     """
     found: Scorer = MeanParticle.of(chosen, radius) if scorer is None else scorer
     # The mean is of the intensities as they are, whichever way protein looks.
@@ -163,16 +164,23 @@ def unexplained(chosen: Example, places: Points, scores: npt.NDArray[np.float64]
     level = max(CANDIDATE_FLOOR, _LENIENT * float(np.quantile(own, _QUANTILE)))
     good = np.flatnonzero(free & (scores >= level))
     good = good[known_at(chosen, places[good])]
-    voxels = math.prod(chosen.volume.shape) * _annotated_share(chosen)
-    most = int(_MOST * voxels / (4 / 3 * math.pi * radius**3))
-    best = good[np.argsort(-scores[good], kind="stable")][:most]
+    best = good[np.argsort(-scores[good], kind="stable")]
+    best = best[: _most(chosen, places[best], radius)]
     return Doubt(places[best], level, len(places), int((~free).sum()))
 
 
-def _annotated_share(chosen: Example) -> float:
-    """Return about which share of an example was annotated, by an even grid of 8³ voxels."""
-    axes = [(np.arange(8) + 0.5) * length / 8 - 0.5 for length in chosen.volume.shape]
-    return float(known_at(chosen, np.stack(np.meshgrid(*axes), axis=-1).reshape(-1, 3)).mean())
+def _most(chosen: Example, places: Points, radius: float) -> int:
+    """Return how many of the places, best first, may be doubtful: by even samples of what was annotated."""
+    axes = [(np.arange(_SAMPLES) + 0.5) * length / _SAMPLES - 0.5 for length in chosen.volume.shape]
+    samples = np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, 3)
+    samples = samples[known_at(chosen, samples)]
+    explained, _ = KDTree(np.concatenate([chosen.centres, chosen.others])).query(samples)
+    reach = np.minimum(explained, DOUBT * radius)
+    # The first place of all that makes a sample unknown; with more places it stays so.
+    near = KDTree(places.reshape(-1, 3)).query_ball_point(samples, reach)
+    first = np.sort([min(some, default=len(places)) for some in near])
+    allowed = int(_MOST * len(samples))
+    return int(first[allowed]) if allowed < len(first) else len(places)
 
 
 def _distances(reach: int, offset: Points) -> npt.NDArray[np.float64]:
