@@ -133,3 +133,11 @@ def test_unknown_label_and_bad_radius_are_refused() -> None:
         paint_targets(_picks([1, 1, 1]), (4, 4, 4), diameter=3, voxel_size=1, label="disc")  # type: ignore[arg-type]
     with pytest.raises(FormatError, match="radius"):
         paint_targets(_picks([1, 1, 1]), (4, 4, 4), diameter=-3, voxel_size=1)
+
+
+def test_what_is_farther_away_than_an_integer_can_say_paints_nothing() -> None:
+    box = (slice(0, 6), slice(0, 7), slice(0, 8))
+    far = [[1e300, 3.0, 3.0], [3.0, -1e300, 3.0]]
+    assert not paint_box(far, box, radius=3.0).any()
+    near = paint_box([[3.0, 3.0, 3.0]], box, radius=3.0)
+    np.testing.assert_array_equal(paint_box([*far, [3.0, 3.0, 3.0]], box, radius=3.0), near)

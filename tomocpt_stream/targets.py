@@ -80,8 +80,9 @@ def _cubes(centres: npt.ArrayLike, box: Box, radius: float) -> Iterator[tuple[Bo
     start = np.array([side.start for side in box], dtype=np.float64)
     shape = np.array([side.stop - side.start for side in box])
     points = np.asarray(centres, dtype=np.float64).reshape(-1, 3) - start
-    lows = np.maximum(0, np.ceil(points - radius)).astype(np.int64)
-    highs = np.minimum(shape, np.floor(points + radius) + 1).astype(np.int64)
+    # Within the box before they are integers: a place may lie farther away than an integer can say.
+    lows = np.clip(np.ceil(points - radius), 0, shape).astype(np.int64)
+    highs = np.clip(np.floor(points + radius) + 1, 0, shape).astype(np.int64)
     near = (lows < highs).all(axis=1)
     for centre, low, high in zip(points[near], lows[near].tolist(), highs[near].tolist(), strict=True):
         z, y, x = (np.arange(a, b) - c for a, b, c in zip(low, high, centre, strict=True))
