@@ -177,6 +177,19 @@ def test_what_a_row_names_must_be_there_and_fit(tmp_path: Path, picker: Picker) 
     assert "row 3 is the tomogram of row 2 again" in again
 
 
+def test_particles_that_do_not_reach_into_the_tomogram_are_left_out(
+    tmp_path: Path, picker: Picker, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What is far away has no voxel to learn from, and would be a label that scores nothing."""
+    far = np.array([[-9.0, 20, 20], [1e300, 20, 20]])
+    near = np.array([[-7.0, 20, 20]])  # 8 voxels are its radius
+    item = LabelledTomogram(_write(tmp_path), _picks(np.concatenate([far, CENTRES, near])), 80.0)
+    with caplog.at_level(logging.WARNING, logger="tomocpt_stream"):
+        (one,) = open_labelled([item], picker)
+    np.testing.assert_array_equal(one.picks.zyx, np.concatenate([CENTRES, near]))
+    assert "TS_1: 2 of 5 particles lie outside" in caplog.text
+
+
 def test_a_table_says_what_is_annotated_partial_and_of_other_kinds(tmp_path: Path, picker: Picker) -> None:
     _write(tmp_path)
     mask = np.zeros((20, 32, 36), np.int8)

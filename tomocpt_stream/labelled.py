@@ -297,8 +297,7 @@ def _open(item: LabelledTomogram, picker: Picker) -> Opened:
     options = PickOptions(diameter=item.diameter)
     tomogram = level_for(whole, picker, options)
     grid, _ = plan_pick(tomogram, picker, options)
-    picks = _truth(item, tomogram)
-    _refuse_outside(picks, tomogram, item.diameter)
+    picks = _within(_truth(item, tomogram), tomogram, item.diameter)
     if item.partial and not len(picks):
         raise SourceError(
             f"partial picks of {tomogram.name} without a single one",
@@ -436,17 +435,29 @@ def _truth(item: LabelledTomogram, tomogram: Tomogram) -> Picks:
     return found[0]
 
 
-def _refuse_outside(picks: Picks, tomogram: Tomogram, diameter: float) -> None:
+def _within(picks: Picks, tomogram: Tomogram, diameter: float) -> Picks:
+    """Return the particles that reach into a tomogram; refuse picks that mostly do not."""
     frame = tomogram.frame
     margin = diameter / 2 / frame.file_voxel_size
     beyond = (picks.zyx < -margin) | (picks.zyx > np.array(frame.file_shape) - 1 + margin)
-    outside = int(beyond.any(axis=1).sum())
+    there = np.asarray(~beyond.any(axis=1))
+    outside = len(picks) - int(there.sum())
     if 2 * outside > len(picks):
         raise SourceError(
             f"{outside} of {len(picks)} particles outside {tomogram.name} of {frame.file_shape} voxels (zyx)",
             expected="coordinates in the voxels of this tomogram",
             remedy="check the voxel size that the coordinates were written with, and their axes",
         )
+    if not outside:
+        return picks
+    _LOGGER.warning(
+        "%s: %d of %d particles lie outside of its %s voxels (zyx) and are left out",
+        tomogram.name,
+        outside,
+        len(picks),
+        frame.file_shape,
+    )
+    return picks.take(there)
 
 
 def _named(
