@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from tomocpt_stream.memory import freed_memory_kept
+
 FREED = """
 from pathlib import Path
 from tomocpt_stream.memory import return_freed_memory
@@ -57,3 +59,29 @@ def test_freed_memory_is_kept_while_asked_for() -> None:
     assert first > 15_000  # 80 MB in pages of 4 kB
     assert more < first / 10  # the same pages again
     assert after > 1.9 * first  # new pages each time
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's heap")
+def test_a_threshold_that_is_refused_is_the_highest_that_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Earlier glibc refuses to map only what is larger than 32 MB."""
+    taken: dict[int, int] = {}
+
+    class _Earlier:
+        def __init__(self, name: None) -> None:
+            pass
+
+        @staticmethod
+        def mallopt(name: int, size: int) -> int:
+            if name == -3 and size > 1 << 25:
+                return 0
+            taken[name] = size
+            return 1
+
+        @staticmethod
+        def malloc_trim(pad: int) -> int:
+            return pad
+
+    monkeypatch.setattr("tomocpt_stream.memory.ctypes.CDLL", _Earlier)
+    with freed_memory_kept():
+        assert taken == {-1: (1 << 31) - 1, -3: 1 << 25}
+    assert taken == {-1: 1 << 26, -3: 1 << 25}

@@ -46,4 +46,7 @@ def _set(thresholds: dict[int, int]) -> None:
     option = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if option is not None:
         for name, size in thresholds.items():
-            option(name, size)
+            # An earlier glibc takes no mapping threshold above 32 MB. Refused, it would stay at what it just
+            # is, which may be 128 kB: setting either of the two stops its moving up.
+            if not option(name, size):
+                option(name, _OWN[name])
