@@ -255,6 +255,35 @@ def test_half_of_the_negatives_hold_particles_of_other_kinds() -> None:
     assert held(every.order(0)) == min(count, held(every.negative))
 
 
+def test_no_voxel_is_both_learnt_from_and_kept() -> None:
+    """Through halos, reflection and tilted crops too, which read beyond their own box."""
+    shape = (40, 200, 90)
+    read = {"learnt": np.zeros(shape, bool), "kept": np.zeros(shape, bool)}
+    side = ["learnt"]
+
+    @dataclass(frozen=True, eq=False)
+    class _Watched(_Memory):
+        def __getitem__(self, box: tuple[slice, ...]) -> npt.NDArray[np.float32]:
+            read[side[0]][box] = True
+            return self.array[box]
+
+    rng = np.random.default_rng(7)
+    array = rng.standard_normal(shape, dtype=np.float32)
+    watched = _Watched(array)
+    volume = replace(_Memory(array), array=watched)  # type: ignore[arg-type]
+    item = Example(volume, rng.uniform(0, shape, (40, 3)))
+    parted = split([item], ["one"], SMALL)
+    changed = replace(SMALL, augmentation=Augmentation(turns=True, tilt=15, zoom=0.2))
+    for name, examples in (("learnt", parted.training), ("kept", parted.validation)):
+        side[0] = name
+        epochs = Epochs(examples, changed)
+        for step in range(epochs.steps(4)):
+            epochs.batch(4, step)
+    assert read["learnt"].sum() > 0.3 * array.size
+    assert read["kept"].sum() > 0.15 * array.size
+    assert not (read["learnt"] & read["kept"]).any()
+
+
 def test_slabs_and_groups_are_kept_by_the_particles_that_were_annotated() -> None:
     rng = np.random.default_rng(3)
     shape = (40, 200, 200)
