@@ -52,6 +52,31 @@ def test_a_box_equals_the_mask_of_its_voxels(voxel_size: float, beam_axis: Any) 
     np.testing.assert_array_equal(region.inside((z, y, x)), mask.inside((z, y, x)))
 
 
+@pytest.mark.parametrize(("level", "beam_axis"), [(2, "z"), (2, "y"), (3, "z"), (3, "y")])
+def test_a_box_equals_the_mask_on_a_coarser_level(level: int, beam_axis: Any) -> None:
+    """Its last voxels reach beyond the file, and their middles may lie between two of the file's."""
+    rng = np.random.default_rng([level, beam_axis == "y"])
+    for _ in range(20):
+        file = tuple(int(n) for n in rng.integers(12, 30, 3))
+        turned = file if beam_axis == "z" else (file[1], file[0], file[2])
+        z, y, x = (-(-n // level) for n in turned)
+        shift = (level - 1) / 2
+        frame = Frame(
+            (z, y, x), 10.0 * level, (file[0], file[1], file[2]), 10.0, beam_axis, (level,) * 3, (shift,) * 3
+        )
+        grid = working_grid((z, y, x), 10.0 * level, float(rng.uniform(8, 40)))
+        low = [int(rng.integers(0, n // 2)) for n in file]
+        sides = [slice(a, n if rng.random() < 0.5 else a + n // 2) for a, n in zip(low, file, strict=True)]
+        voxels = np.zeros(file, np.uint8)
+        voxels[tuple(sides)] = 1
+        region, _ = open_region((sides[0], sides[1], sides[2]), frame, grid)
+        mask, _ = open_region(voxels, frame, grid)
+        spans = tuple((0, n) for n in grid.shape)
+        np.testing.assert_array_equal(
+            region.inside((spans[0], spans[1], spans[2])), mask.inside((spans[0], spans[1], spans[2]))
+        )
+
+
 def test_a_box_is_in_voxels_of_the_finest_level() -> None:
     frame = Frame((10, 15, 20), 20.0, SHAPE, 10.0, "z", (2.0, 2.0, 2.0), (0.5, 0.5, 0.5))
     region, _ = open_region("4:10,0:30,11:33", frame, working_grid((10, 15, 20), 20.0, 20.0))
@@ -82,7 +107,9 @@ def test_a_part_of_a_region_counts_from_its_own_start() -> None:
 
 @pytest.mark.parametrize(
     "box",
-    ["2:2,0:30,0:40", "9:2,0:30,0:40", "0:21,0:30,0:40", "25:26,0:30,0:40",
+    ["2:2,0:30,0:40", "9:2,0:30,0:40", "0:21,0:30,0:40", "25:26,0:30,0:40", "-1:5,:,:", "0:5,:",
+     "0.5:3,:,:", "1:2,3:4,5:6,7:8", "0:" + 5000 * "9" + ",:,:",
+     (slice(0, 2.5), slice(None), slice(None)), (slice("a", 5), slice(None), slice(None)),
      (slice(0, 5), slice(0, 5)), (slice(-3, 5), slice(0, 5), slice(0, 5)),
      (slice(0, 5, 2), slice(0, 5), slice(0, 5)), (1, 2, 3)],
 )  # fmt: skip

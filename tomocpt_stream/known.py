@@ -4,25 +4,29 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from operator import index
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from tomocpt_stream.errors import SourceError
+from tomocpt_stream.frame import Frame
 from tomocpt_stream.mask import MaskLike, open_mask
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from tomocpt_stream.blocks import Span
-    from tomocpt_stream.frame import Box, Frame, Grid, Shape
+    from tomocpt_stream.frame import Box, Grid, Shape
 
 Spans: TypeAlias = "tuple[Span, Span, Span]"
 Annotated: TypeAlias = "MaskLike | tuple[slice, slice, slice]"
 
-_SIDE = r"(\d*):(\d*)"
+_SIDE = r"(\d{0,9}):(\d{0,9})"
 _BOX = re.compile(rf"\s*{_SIDE}[\s,;]+{_SIDE}[\s,;]+{_SIDE}\s*")
+# What is meant as a box, though it may be none: no file is called so.
+_LIKE_A_BOX = re.compile(r"[\s\d,;.+-]*:[\s\d:,;.+-]*")
 _AXES = "zyx"
 
 
@@ -76,11 +80,17 @@ def open_region(
         return mask, mask.fingerprint
     sides = []
     # Along which axis of the file each axis of the source runs.
-    for axis, across in enumerate((1, 0, 2) if frame.beam_axis == "y" else (0, 1, 2)):
+    runs = (1, 0, 2) if frame.beam_axis == "y" else (0, 1, 2)
+    z, y, x = (frame.file_shape[across] for across in runs)
+    finest = Frame((z, y, x), frame.file_voxel_size, frame.file_shape, frame.file_voxel_size, frame.beam_axis)
+    for axis, across in enumerate(runs):
         source = np.zeros((grid.shape[axis], 3))
         source[:, axis] = np.arange(grid.shape[axis])
         source = np.floor(grid.to_source(source) + 0.5).clip(0, np.array(frame.shape) - 1)
-        nearest = np.floor(frame.to_file(source)[:, across] + 0.5)
+        # As a mask of the file's voxels would be read: a voxel of a coarser level may have its middle
+        # between two of them, or beyond the last one.
+        place = np.floor(finest.to_source(frame.to_file(source)) + 0.5).clip(0, np.array(finest.shape) - 1)
+        nearest = finest.to_file(place)[:, across]
         sides.append((nearest >= box[across].start) & (nearest < box[across].stop))
     if not all(side.any() for side in sides):
         raise _no_box(_text(box), frame.file_shape)
@@ -88,28 +98,33 @@ def open_region(
 
 
 def is_box(text: str) -> bool:
-    """Return whether a text says a box rather than where a mask is."""
-    return _BOX.fullmatch(text) is not None
+    """Return whether a text means a box rather than where a mask is."""
+    return _LIKE_A_BOX.fullmatch(text) is not None
 
 
 def _as_box(annotated: Annotated, frame: Frame) -> Box | None:
     """Return a box with its ends, None where a mask is meant."""
-    found = _BOX.fullmatch(annotated) if isinstance(annotated, str) else None
     pairs: list[tuple[Any, Any]]
-    if found is not None:
-        pairs = [(found[k] or None, found[k + 1] or None) for k in (1, 3, 5)]
+    if isinstance(annotated, str) and is_box(annotated):
+        found = _BOX.fullmatch(annotated)
+        if found is None:
+            raise _no_box(annotated[:80], frame.file_shape)
+        pairs = [(int(found[k] or 0), int(found[k + 1]) if found[k + 1] else None) for k in (1, 3, 5)]
     elif isinstance(annotated, tuple):
         if len(annotated) != 3 or not all(
             isinstance(side, slice) and side.step in (None, 1) for side in annotated
         ):
             raise _no_box(str(annotated), frame.file_shape)
-        pairs = [(side.start, side.stop) for side in annotated]
+        pairs = [(0 if side.start is None else side.start, side.stop) for side in annotated]
     else:
         return None
-    sides = [
-        (int(start or 0), length if stop is None else int(stop))
-        for (start, stop), length in zip(pairs, frame.file_shape, strict=True)
-    ]
+    try:
+        sides = [
+            (index(start), length if stop is None else index(stop))
+            for (start, stop), length in zip(pairs, frame.file_shape, strict=True)
+        ]
+    except TypeError as error:
+        raise _no_box(str(annotated), frame.file_shape) from error
     for (start, stop), length in zip(sides, frame.file_shape, strict=True):
         if not 0 <= start < stop <= length:
             raise _no_box(",".join(f"{a}:{b}" for a, b in sides), frame.file_shape)
