@@ -113,6 +113,22 @@ def test_a_field_without_room_is_thinned(monkeypatch: pytest.MonkeyPatch, tmp_pa
 
 
 @pytest.mark.usefixtures("small")
+def test_tomograms_of_another_recipe_are_refused(tmp_path: Path) -> None:
+    curriculum._simulate(tmp_path, 3)
+    with pytest.raises(PlanError, match=r"a tomogram 3 drawn from no maps; expected .* from a\.mrc, b\.mrc"):
+        prepare(tmp_path, {3: ("x/a.mrc", "x/b.mrc")})
+    kept = json.loads((tmp_path / "3.json").read_text())
+    kept["maps"] = ["a.mrc", "b.mrc"]
+    (tmp_path / "3.json").write_text(json.dumps(kept))
+    assert len(prepare(tmp_path, {3: ("x/a.mrc", "x/b.mrc")})) == 1
+    with pytest.raises(PlanError, match=r"from a\.mrc, b\.mrc; expected one drawn from b\.mrc, a\.mrc"):
+        prepare(tmp_path, {3: ("b.mrc", "a.mrc")})
+    del kept["maps"]  # as folders were before they said so
+    (tmp_path / "3.json").write_text(json.dumps(kept))
+    assert len(prepare(tmp_path, {3: ("b.mrc",)})) == 1
+
+
+@pytest.mark.usefixtures("small")
 def test_the_recipe_trains_and_tells_what_it_was_made_of(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

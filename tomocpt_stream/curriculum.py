@@ -156,7 +156,7 @@ def prepare(
             for _ in pool.map(_simulate, [folder] * len(missing), missing, maps):
                 done += 1
                 progress("simulate", done, len(drawn))
-    return [_open(folder, seed) for seed in drawn]
+    return [_open(folder, seed, maps) for seed, maps in drawn.items()]
 
 
 def draw_phantom(seed: int) -> tuple[PhantomOptions, float]:
@@ -253,6 +253,7 @@ def _simulate(folder: Path, seed: int, maps: tuple[str, ...] = ()) -> None:
     ingest(phantom.tomogram, folder / f"{seed}.zarr", voxel_size=target)
     kept = asdict(options) | {"particles": [Path(kind).name for kind in options.particles]}
     truth = {"zyx": phantom.picks().zyx.tolist(), "options": kept, "voxel_size": target}
+    truth["maps"] = [Path(one).name for one in maps]
     temporary = folder / f".{seed}.json.part"
     temporary.write_text(json.dumps(truth))
     temporary.replace(folder / f"{seed}.json")
@@ -272,8 +273,15 @@ def _thinned(options: PhantomOptions) -> PhantomOptions:
     return replace(options, **fewer)
 
 
-def _open(folder: Path, seed: int) -> Example:
-    volume = open_volume(folder / f"{seed}.zarr")
+def _open(folder: Path, seed: int, maps: tuple[str, ...]) -> Example:
     truth = json.loads((folder / f"{seed}.json").read_text())
+    asked = [Path(one).name for one in maps]
+    if truth.get("maps", asked) != asked:
+        raise PlanError(
+            f"{folder} with a tomogram {seed} drawn from {', '.join(truth['maps']) or 'no maps'}",
+            expected=f"one drawn from {', '.join(asked) or 'no maps'}, as the recipe says",
+            remedy="choose another folder for another recipe",
+        )
+    volume = open_volume(folder / f"{seed}.zarr")
     zyx = np.array(truth["zyx"], dtype=np.float64).reshape(-1, 3)
     return example(volume, Picks(zyx, np.ones(len(zyx), dtype=np.float32)))
