@@ -106,6 +106,15 @@ def test_tomograms_of_the_portal_join_those_of_a_table(
     assert "portal" not in seen
 
 
+@pytest.mark.parametrize("command", ["finetune mine.csv", "train --table mine.csv"])
+def test_nothing_is_kept_aside_where_asked(seen: dict[str, Any], command: str) -> None:
+    _table()
+    for word, kept in {"": True, "--no-validate": False, "--validate": True}.items():
+        _run(f"{command} {OUT} {word}")
+        assert seen["validation"] is kept
+        assert "validate" not in seen
+
+
 def test_fine_tuning_without_tomograms_is_refused(seen: dict[str, Any]) -> None:
     assert "Give TABLE.csv or --portal" in _run(f"finetune {OUT}", code=2).stderr
     assert not seen
@@ -129,6 +138,8 @@ def test_fine_tuning_passes_its_options_on(seen: dict[str, Any]) -> None:
         ("--table mine.csv --steps 7 --workers 2", "--steps, --workers with --table or --portal"),
         ("--epochs 7 --label binary", "--epochs, --label without --table or --portal"),
         ("--no-calibrate", "--calibrate without --table or --portal"),
+        ("--no-validate", "--validate without --table or --portal"),
+        ("--table mine.csv --validation 3", "--validation with --table or --portal"),
     ],
 )
 def test_options_that_would_decide_nothing_are_refused(

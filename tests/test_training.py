@@ -10,11 +10,12 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from tomocpt_stream import loop
+from tomocpt_stream import loop, training
 from tomocpt_stream.__main__ import main
 from tomocpt_stream.augmentation import Augmentation
 from tomocpt_stream.blocks import Window
 from tomocpt_stream.diary import read_curves
+from tomocpt_stream.epochs import Part
 from tomocpt_stream.errors import CheckpointError, PlanError, SourceError
 from tomocpt_stream.evaluation import match
 from tomocpt_stream.formats import write_picks
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from tomocpt_stream.crops import Example
+    from tomocpt_stream.epochs import Epochs
     from tomocpt_stream.loop import Step
 
 SHAPE = (24, 128, 44)
@@ -202,8 +204,8 @@ def _examples(folder: Path, items: list[LabelledTomogram], picker: Picker) -> li
     return [one.ingest(folder / "volumes") for one in open_labelled(items, picker)]
 
 
-def _trained(folder: Path) -> Picker:
-    return train([_phantom()], folder=folder, architecture=_parent().metadata["architecture"])
+def _trained(folder: Path, **asked: Any) -> Picker:
+    return train([_phantom()], folder=folder, architecture=_parent().metadata["architecture"], **asked)
 
 
 @pytest.mark.parametrize("tuning", [True, False])
@@ -229,9 +231,41 @@ def test_without_validation_no_look_decides(tmp_path: Path, caplog: pytest.LogCa
     item = LabelledTomogram(_phantom().tomogram, picks, 100.0)
     with caplog.at_level(logging.INFO, logger="tomocpt_stream"):
         tuned = _tune(tmp_path, [item], epochs=1, schedule="plateau", stop_after=3)
+    last = load_picker(tmp_path / "run" / "last.safetensors")
+    assert tuned.fingerprint == last.fingerprint != _parent().fingerprint
     options = tuned.metadata["provenance"]["options"]
     assert (options["schedule"], options["stop_after"]) == ("cosine", 0)
     assert "no validation" in caplog.text
+
+
+@pytest.mark.parametrize("tuning", [True, False])
+def test_all_particles_are_learnt_from_where_none_is_kept_aside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, *, tuning: bool
+) -> None:
+    given: dict[str, Any] = {}
+
+    def learn(learnt: Epochs, **settings: Any) -> Picker:
+        given.update(settings, learnt=learnt)
+        return _parent()
+
+    monkeypatch.setattr(training, "learn", learn)
+    run = partial(_tune, picker=_parent("bright")) if tuning else _trained
+    with caplog.at_level(logging.INFO, logger="tomocpt_stream"):
+        made = run(tmp_path, validation=False)
+    assert [len(item.centres) for item in given["learnt"].examples] == [24]
+    assert not isinstance(given["learnt"].examples[0].volume, Part)
+    assert (len(given["validation"]), given["options"].schedule, given["options"].stop_after) == (
+        0,
+        "cosine",
+        0,
+    )
+    assert given["provenance"]["validation"] is False
+    # Its scores are those of its last weights.
+    assert made.fingerprint == _parent().fingerprint
+    assert "validation: nothing, as asked" in caplog.text
+    assert "last weights are kept" in caplog.text
+    with pytest.raises(CheckpointError, match="differs in validation"):
+        run(tmp_path)
 
 
 def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:

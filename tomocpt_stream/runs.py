@@ -114,10 +114,11 @@ def claim(folder: Path, record: Mapping[str, Any]) -> None:
         there = json.loads(path.read_text())
     except ValueError:
         there = {}
+    there = there if isinstance(there, dict) else {}
     if there != wanted:
-        differing = [key for key in wanted if not isinstance(there, dict) or there.get(key) != wanted[key]]
+        differing = [key for key in wanted | there if there.get(key) != wanted.get(key)]
         raise CheckpointError(
-            f"{folder} holds a run that differs in {', '.join(differing) or 'more than is asked for'}",
+            f"{folder} holds a run that differs in {', '.join(differing)}",
             expected="an empty folder, or one of a run on the same examples with the same options",
             remedy="choose another folder",
         )

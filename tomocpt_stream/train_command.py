@@ -114,6 +114,12 @@ def _table_options(
             help="The picks are true but not all: learn nothing around candidates that none explains.",
         ),
         click.option(
+            "--validate/--no-validate",
+            "validate",
+            default=True,
+            help="Keep a fifth aside to choose the best by, or learn from all and keep the last weights.",
+        ),
+        click.option(
             "--calibrate/--no-calibrate",
             default=True,
             help="Shift the scores so that 0.3 is the best threshold on what is kept aside.",
@@ -151,6 +157,8 @@ def finetune_command(table: Path | None, output: Path, augment: str, **settings:
     examples = _examples(table, output, own, settings)
     if not examples:
         raise click.UsageError("Give TABLE.csv or --portal: tomograms to learn from.")
+
+    settings["validation"] = settings.pop("validate")
 
     def made(progress: Progress, on_step: Callable[[Step], None]) -> Picker:
         changes = _augmentation(augment)
@@ -214,7 +222,9 @@ def train_command(context: click.Context, /, table: Path | None, output: Path, *
 
     examples = _examples(table, output, [], settings)
     changes = _augmentation(settings.pop("augment"))
+    validation = settings.pop("validate")  # --validation is a number of phantoms
     chosen = {name: value for name, value in settings.items() if name not in _OF_PHANTOMS}
+    chosen["validation"] = validation
 
     def made(progress: Progress, on_step: Callable[[Step], None]) -> Picker:
         return train(examples, augmentation=changes, progress=progress, on_step=on_step, **chosen)

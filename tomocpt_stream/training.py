@@ -59,6 +59,7 @@ def train(  # noqa: PLR0913  (a run is decided by what is asked here, and by not
     precision: Precision = "float32",
     augmentation: Augmentation | None = None,
     seed: int = 0,
+    validation: bool = True,
     calibrate: bool = True,
     devices: int = 1,
     progress: Progress = silent,
@@ -90,7 +91,7 @@ def train(  # noqa: PLR0913  (a run is decided by what is asked here, and by not
         steps=epochs,  # the steps of an epoch are known when the volumes are
     )
     record = {"data": "trained on labelled tomograms"}
-    asked = _Asked(Path(folder), options, record, _untrained(options), calibrate, devices)
+    asked = _Asked(Path(folder), options, record, _untrained(options), validation, calibrate, devices)
     return _train(asked, examples, progress=progress, on_step=on_step)
 
 
@@ -110,6 +111,7 @@ def fine_tune(  # noqa: PLR0913  (a run is decided by what is asked here, and by
     precision: Precision = "float32",
     augmentation: Augmentation | None = None,
     seed: int = 0,
+    validation: bool = True,
     calibrate: bool = True,
     devices: int = 1,
     progress: Progress = silent,
@@ -128,8 +130,9 @@ def fine_tune(  # noqa: PLR0913  (a run is decided by what is asked here, and by
     after `patience` epochs without a lower validation loss). `stop_after` ends the run after so many such
     epochs; 0 does not. `average` is the decay of a running average of the weights, 0 for none.
     `calibrate` shifts the scores so that 0.3 is the best threshold on the validation parts, if they have
-    10 particles. `devices` GPUs (without any: processes) divide the crops of a step among them; that
-    takes the package lightning.
+    10 particles. With `validation` False all particles are learnt from: the rates fall as a cosine, the
+    last weights are returned, and the scores stay as they are. `devices` GPUs (without any: processes)
+    divide the crops of a step among them; that takes the package lightning.
 
     Raises
     ------
@@ -166,7 +169,7 @@ def fine_tune(  # noqa: PLR0913  (a run is decided by what is asked here, and by
         "parent": parent.fingerprint,
         "parent_provenance": parent.metadata["provenance"],
     }
-    asked = _Asked(Path(folder), options, record, parent, calibrate, devices)
+    asked = _Asked(Path(folder), options, record, parent, validation, calibrate, devices)
     tuned = _train(asked, examples, progress=progress, on_step=on_step)
     if tuned.fingerprint == parent.fingerprint:
         _LOGGER.warning("no epoch has a lower validation loss than the picker itself: its weights are kept")
@@ -182,6 +185,7 @@ class _Asked:
     record: dict[str, Any]
     first: Picker
     """What tomograms are prepared for: the parent, or a picker that has learnt nothing."""
+    validation: bool
     calibrate: bool
     devices: int
 
@@ -206,11 +210,16 @@ def _train(
         "examples": [one.fingerprint for one in opened],
         "groups": _numbered([one.group for one in opened]),
     }
+    # What is not asked for is not in the account, so that earlier runs stay what they were.
+    record |= {} if asked.validation else {"validation": False}
     parent = {"parent": asked.record["parent"]} if asked.tuning else {}
     claim(asked.folder, parent | record | {"options": asked.options.to_json()})
     scorer = asked.first if asked.tuning else None  # by its map a parent tells what was not labelled
     prepared = [one.ingest(asked.folder / "volumes", scorer=scorer, progress=progress) for one in opened]
-    parted = split(prepared, [one.group for one in opened], asked.options.sampling, seed=seed)
+    if asked.validation:
+        parted = split(prepared, [one.group for one in opened], asked.options.sampling, seed=seed)
+    else:
+        parted = Split(prepared, [], ("validation: nothing, as asked: all particles are learnt from",))
     learnt = Epochs(parted.training, asked.options.sampling, seed=seed)
     if not len(learnt):
         raise SourceError(
@@ -283,7 +292,8 @@ def _say(parted: Split, learnt: Epochs, held: Epochs | None, options: TrainOptio
         _LOGGER.info(remark)
     if held is None:
         _LOGGER.warning(
-            "no validation: the rate falls by the step, and the last weights are kept, not the best ones"
+            "no validation: %s, the last weights are kept, not the best ones, and scores are not calibrated",
+            "the rate falls by the step" if options.schedule == "cosine" else "the rate stays",
         )
     _LOGGER.info(
         "%d crops with a particle and %d without: %d steps an epoch",
