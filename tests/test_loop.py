@@ -16,6 +16,7 @@ from tomocpt_stream.errors import CheckpointError, SourceError
 from tomocpt_stream.loop import Look, OnStep, Step, learn
 from tomocpt_stream.network import build_network, named_architecture
 from tomocpt_stream.picker import Picker, load_picker, picker_metadata
+from tomocpt_stream.runs import Run
 from tomocpt_stream.targets import paint_box
 from tomocpt_stream.train_options import Precision, TrainOptions
 
@@ -129,6 +130,37 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(
     assert not none.steps
 
 
+def test_no_listener_misses_a_step_whose_state_was_not_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, rest = _Witness(), _Witness()
+
+    def run(witness: _Witness) -> None:
+        options = replace(OPTIONS, steps=2, checkpoint_every=1)
+        learn([_example(0)], validation=[_example(1)], options=options, folder=tmp_path, listeners=[witness])
+
+    def killed(self: Run) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "keep_state", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(first)
+    run(rest)
+    assert ([step.step for step in first.steps], len(first.looks)) == ([1], 1)
+    assert ([step.step for step in rest.steps], len(rest.looks)) == ([1, 2], 2)
+    assert rest.steps[0].validation == first.steps[0].validation
+
+
+def test_gradients_that_are_no_numbers_reach_no_weight(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: torch.tensor(torch.nan))
+    with pytest.raises(CheckpointError, match="norm of the gradients of nan at step 0"):
+        learn([_example()], options=replace(OPTIONS, steps=1, checkpoint_every=1), folder=tmp_path)
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
 def test_a_run_ends_when_the_validation_loss_no_longer_falls(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -203,6 +235,7 @@ def test_best_and_last_pickers_carry_their_provenance(tmp_path: Path) -> None:
     assert picker.window == WINDOW
     assert load_picker(tmp_path / "last.safetensors").metadata["provenance"]["step"] == 4
     assert sorted(path.name for path in tmp_path.iterdir()) == [
+        ".lock",
         "best.safetensors",
         "last.safetensors",
         "state.pt",

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import fcntl
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 from tomocpt_stream.errors import CheckpointError
-from tomocpt_stream.runs import STATE, Run, claim
+from tomocpt_stream.runs import STATE, Run, alone_in, claim
 from tomocpt_stream.train_options import Pace, TrainOptions
 
 if TYPE_CHECKING:
@@ -72,3 +73,25 @@ def test_a_folder_belongs_to_one_run(tmp_path: Path) -> None:
         (tmp_path / "a" / "run.json").write_text(text)
         with pytest.raises(CheckpointError, match="choose another folder"):
             claim(tmp_path / "a", {"epochs": 2, "examples": ["x"]})
+
+
+def test_a_folder_is_held_by_one_process_at_a_time(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with alone_in(folder):
+        with pytest.raises(CheckpointError, match="another process trains in"), alone_in(folder):
+            pass
+        # What the other one is writing stays.
+        (folder / ".state.pt.1-a.partial").touch()
+    (folder / "state.pt").touch()
+    with alone_in(folder):
+        assert sorted(path.name for path in folder.iterdir()) == [".lock", "state.pt"]
+
+
+def test_a_folder_without_locks_is_used_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(*_: object) -> None:
+        raise OSError(95, "not supported")
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    (tmp_path / ".state.pt.1-a.partial").touch()
+    with alone_in(tmp_path), alone_in(tmp_path):
+        assert (tmp_path / ".state.pt.1-a.partial").exists()

@@ -60,6 +60,7 @@ def test_no_other_schedule_follows_the_looks() -> None:
         ("stop_after", -1),
         ("precision", "float16"),
         ("schedule", "linear"),
+        ("seed", 2**32),
     ],
 )
 def test_options_that_no_run_can_have_are_refused(name: str, value: object) -> None:

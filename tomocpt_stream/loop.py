@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
@@ -25,11 +26,11 @@ from tomocpt_stream.memory import freed_memory_kept
 from tomocpt_stream.network import build_network, place, start_quiet
 from tomocpt_stream.picker import Picker, load_picker, picker_metadata
 from tomocpt_stream.ranks import check_devices, start
-from tomocpt_stream.runs import BEST, LAST, Run
+from tomocpt_stream.runs import BEST, LAST, Run, alone_in
 from tomocpt_stream.targets import WIDTHS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     import numpy as np
@@ -49,8 +50,8 @@ _STATE_EVERY = 600.0
 class Step:
     """What a listener is told after a step; `validation` is None between checkpoints.
 
-    `epoch` counts from 1: the checkpoints begun. `seconds` is the time of the whole step, `waited` that
-    part of it in which the network had no crops.
+    `epoch` counts from 1: the checkpoints begun. `seconds` is the time of the step and of the look at the
+    validation crops, `waited` that part of it in which the network had no crops.
     """
 
     step: int
@@ -139,14 +140,14 @@ def learn(  # noqa: PLR0913  (what a run is made of, where it goes, who is told)
     where no checkpoint has a lower validation loss. `provenance` is kept in the picker. `devices` divide
     each step's crops among them.
 
-    Raises CheckpointError where the folder holds another run, SourceError where there is no particle,
-    PlanError where there are not so many devices.
+    Raises CheckpointError where the folder holds another run or another process trains in it, SourceError
+    where there is no particle, PlanError where there are not so many devices.
     """
     if not isinstance(examples, Epochs):
         check_examples(examples, "training")
     check_devices(devices)
     task = _Task(examples, validation, options, folder, start_from, dict(provenance or {}))
-    with start(devices, partial(_learn, task)) as ranks:
+    with alone_in(folder), start(devices, partial(_learn, task)) as ranks:
         _learn(task, ranks, listeners)
     best = folder / BEST
     return load_picker(best if best.exists() else folder / LAST)
@@ -169,8 +170,11 @@ def _learn(task: _Task, ranks: Ranks, listeners: Sequence[Listener] = ()) -> Non
     threads = loader_threads(ranks.device, ranks=ranks.count)
     held = _Held(task, ranks, threads)
     if run.step == 0 and task.start is not None and math.isinf(run.pace.best):
-        _keep(run, held, ranks)
-        _show(run, held, ranks, listeners)
+        value = _look(run, held, ranks)
+        if ranks.rank == 0 and value is not None:
+            _LOGGER.info("the picker as it is: validation loss %.5f", value)
+        with _kept(run, ranks, due=True):
+            _show(run, held, ranks, listeners)
 
     draw = partial(step_crops, task.examples, options, rank=ranks.rank, ranks=ranks.count)
     joined = ranks.join(run.network)
@@ -188,16 +192,16 @@ def _learn(task: _Task, ranks: Ranks, listeners: Sequence[Listener] = ()) -> Non
             epoch = 1 + (run.step - 1) // options.checkpoint_every
             checkpoint = run.step % options.checkpoint_every == 0 or run.step == options.steps
             if checkpoint:
-                value, kept = _keep(run, held, ranks), time.monotonic()
-            elif ranks.rank == 0 and time.monotonic() - kept > _STATE_EVERY:
-                run.keep_state()
-                kept = time.monotonic()
+                value = _look(run, held, ranks)
+            due = checkpoint or time.monotonic() - kept > _STATE_EVERY
             seconds = time.perf_counter() - at
             told = Step(run.step, options.steps, epoch, *numbers, seconds, feed.waited, validation=value)
-            for listener in listeners:
-                listener.step(told)
-            if checkpoint:
-                _show(run, held, ranks, listeners)
+            with _kept(run, ranks, due=due):
+                for listener in listeners:
+                    listener.step(told)
+                if checkpoint:
+                    _show(run, held, ranks, listeners)
+            kept = time.monotonic() if due else kept
     ranks.wait()  # what rank 0 has written is there
     if ranks.rank == 0:
         _tell(run, first, time.perf_counter() - began, waited)
@@ -259,20 +263,26 @@ def _step(
     weighted, gradient = sums.weighted / counts[0].float(), sums.gradient / counts[1].float()
     terms = ranks.sum(torch.stack([weighted, gradient]).detach()).tolist()
     loss = terms[0] + options.gradient_weight * terms[1]
-    if not math.isfinite(loss):
-        raise CheckpointError(
-            f"a loss of {loss} at step {run.step}",
-            expected="a finite loss",
-            remedy="lower the learning rate, or train in float32, and start again in a new folder",
-        )
+    _refuse_infinite("loss", loss, run.step)
     run.optimiser.zero_grad(set_to_none=True)
     # The ranks' gradients are averaged, their losses are parts of a sum.
     ranks.backward(ranks.count * (weighted + options.gradient_weight * gradient))
-    norm = torch.nn.utils.clip_grad_norm_(run.network.parameters(), options.clip_norm)
+    norm = float(torch.nn.utils.clip_grad_norm_(run.network.parameters(), options.clip_norm))
+    _refuse_infinite("norm of the gradients", norm, run.step)
     run.optimiser.step()
     _average(run)
     run.step += 1
-    return loss, terms[0], terms[1], float(norm), rate
+    return loss, terms[0], terms[1], norm, rate
+
+
+def _refuse_infinite(what: str, value: float, step: int) -> None:
+    """Refuse a number that would make every weight no number."""
+    if not math.isfinite(value):
+        raise CheckpointError(
+            f"a {what} of {value} at step {step}",
+            expected=f"a finite {what}",
+            remedy="lower the learning rate, or train in float32, and start again in a new folder",
+        )
 
 
 @torch.no_grad()
@@ -314,15 +324,26 @@ class _Held:
         )
 
 
-def _keep(run: Run, held: _Held, ranks: Ranks) -> float | None:
-    """Look at the validation crops and write a checkpoint; return the validation loss."""
+def _look(run: Run, held: _Held, ranks: Ranks) -> float | None:
+    """Look at the validation crops and write the pickers; return the validation loss."""
     value = held.loss(run.averaged, ranks) if held.count else None
     best = value is not None and run.pace.look(value, run.options)
     if ranks.rank == 0:
-        run.keep(value, best=best)
-        if run.step == 0 and value is not None:
-            _LOGGER.info("the picker as it is: validation loss %.5f", value)
+        run.keep_pickers(value, best=best)
     return value
+
+
+@contextmanager
+def _kept(run: Run, ranks: Ranks, *, due: bool) -> Iterator[None]:
+    """Write the state at the end, where it is due, and even where a listener raises.
+
+    A run that is killed in between does the step again, and so tells of it: no listener misses one.
+    """
+    try:
+        yield
+    finally:
+        if due and ranks.rank == 0:
+            run.keep_state()
 
 
 def _show(run: Run, held: _Held, ranks: Ranks, listeners: Sequence[Listener]) -> None:

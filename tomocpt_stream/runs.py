@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -13,10 +15,10 @@ from tomocpt_stream.errors import CheckpointError
 from tomocpt_stream.network import build_network
 from tomocpt_stream.picker import Picker
 from tomocpt_stream.train_options import Pace
-from tomocpt_stream.whole import whole, write_whole
+from tomocpt_stream.whole import PARTIAL, whole, write_whole
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
     from torch import nn
@@ -62,13 +64,15 @@ class Run:
         self.optimiser.load_state_dict(state["optimiser"])
         self.pace, self.step = Pace(**state["pace"]), state["step"]
 
-    def keep(self, validation: float | None, *, best: bool) -> None:
-        """Write the pickers, then the state, each whole or not at all; `best`: this is the best picker."""
+    def keep_pickers(self, validation: float | None, *, best: bool) -> None:
+        """Write the pickers, each whole or not at all; `best`: this is the best one.
+
+        They come before the state: a run that is killed in between goes on to make them again.
+        """
         picker = self._picker(validation)
         if best:
             picker.save(self.folder / BEST)
         picker.save(self.folder / LAST)
-        self.keep_state()
 
     def keep_state(self) -> None:
         """Write the state, from which a run that was killed goes on."""
@@ -100,6 +104,31 @@ class Run:
             expected="no state, or one of a run with these options",
             remedy="choose another folder, or remove this one to start again",
         )
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Hold a run's folder against other processes, and clear it of what killed ones left half written.
+
+    Raises CheckpointError while another process holds it. A process that dies holds nothing. Where the file
+    system has no locks, nothing is held and nothing cleared.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise CheckpointError(
+                f"another process trains in {folder}",
+                expected="one process at a time",
+                remedy="wait for it, stop it, or choose another folder",
+            ) from error
+        except OSError:
+            yield
+            return
+        for left in folder.glob(PARTIAL):
+            left.unlink(missing_ok=True)
+        yield
 
 
 def claim(folder: Path, record: Mapping[str, Any]) -> None:

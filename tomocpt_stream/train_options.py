@@ -72,6 +72,8 @@ class TrainOptions:
             self._require(name, "a finite number above 0", 0 < getattr(self, name) < math.inf)
         for name in ("warm_up", "stop_after", "weight_decay", "gradient_weight", "seed"):
             self._require(name, "a finite number, 0 or above", 0 <= getattr(self, name) < math.inf)
+        # Seeds of steps are made of it, in 64 bits.
+        self._require("seed", "a number below 2**32", self.seed < 2**32)
         self._require("average", "a decay from 0 up to below 1", 0 <= self.average < 1)
         self._require("precision", " or ".join(_PRECISIONS), self.precision in _PRECISIONS)
         self._require("schedule", " or ".join(_SCHEDULES), self.schedule in _SCHEDULES)

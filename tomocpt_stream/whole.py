@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 # A file system takes names of 255 bytes; a letter may have four of them.
 _LETTERS = 40
 
+PARTIAL = ".*.partial"
+"""What temporary names look like, of which killed writers leave some behind."""
+
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
