@@ -11,7 +11,7 @@ from tomocpt_stream import curriculum
 from tomocpt_stream.augmentation import Augmentation
 from tomocpt_stream.blocks import Window
 from tomocpt_stream.curriculum import Recipe, base_options, draw_hard, draw_phantom, prepare, train_base
-from tomocpt_stream.errors import PlanError, SourceError
+from tomocpt_stream.errors import CheckpointError, PlanError, SourceError
 from tomocpt_stream.network import named_architecture
 from tomocpt_stream.phantom import PhantomOptions
 from tomocpt_stream.shapes import SHAPES_HELD_OUT
@@ -159,6 +159,30 @@ def test_the_recipe_trains_and_tells_what_it_was_made_of(
     assert kept["options"]["sampling"]["augmentation"]["turns"] is True
     assert base.sampling.augmentation != Augmentation()
     assert calibrated == [1]
+
+
+def test_a_folder_of_other_phantoms_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    maps = [tmp_path / name for name in ("a.mrc", "b.mrc", "c.mrc")]
+    for path in maps:
+        path.write_text(path.name)
+    one, held, other = map(str, maps)
+
+    def reached(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(curriculum, "prepare", reached)
+    recipe = Recipe(maps=(one,), held_maps=(held,))
+    for _ in range(2):  # the same run may go on
+        with pytest.raises(KeyboardInterrupt):
+            train_base(tmp_path / "base", recipe=recipe)
+    with pytest.raises(CheckpointError, match="tomograms holds a run that differs in maps"):
+        train_base(tmp_path / "base", recipe=replace(recipe, maps=(other,)))
+    with pytest.raises(CheckpointError, match="run holds a run that differs in tomograms, seed"):
+        train_base(tmp_path / "base", recipe=replace(recipe, tomograms=3, seed=4))
+    # The tomograms serve a run with other options too.
+    (tmp_path / "base" / "run" / "run.json").unlink()
+    with pytest.raises(KeyboardInterrupt):
+        train_base(tmp_path / "base", recipe=replace(recipe, options=base_options(steps=1)))
 
 
 def test_tomograms_are_simulated_by_worker_processes(tmp_path: Path) -> None:

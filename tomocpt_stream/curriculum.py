@@ -25,6 +25,7 @@ from tomocpt_stream.loop import learn
 from tomocpt_stream.phantom import PhantomOptions, simulate_phantom
 from tomocpt_stream.picks import Picks
 from tomocpt_stream.progress import Progress, silent
+from tomocpt_stream.runs import claim
 from tomocpt_stream.shapes import BLOB, SHAPES_TRAIN
 from tomocpt_stream.train_options import TrainOptions
 from tomocpt_stream.volume import ingest, open_volume
@@ -100,13 +101,19 @@ def train_base(
 ) -> Picker:
     """Return a picker trained on simulated tomograms alone; `folder` keeps them and the checkpoints.
 
-    A folder of an earlier, interrupted run with the same recipe is taken up where it was left. `start`
-    gives the first weights.
+    A folder of an earlier, interrupted run with the same recipe is taken up where it was left; one of
+    another run is a CheckpointError. `start` gives the first weights.
     """
     recipe, place = recipe or Recipe(), Path(folder)
     seeds = [recipe.seed + k for k in range(recipe.tomograms)]
     held = [recipe.seed + _HELD + k for k in range(recipe.validation)]
     drawn = dict.fromkeys(seeds, recipe.maps) | dict.fromkeys(held, recipe.held_maps)
+    maps = {"maps": _named(recipe.maps), "held_maps": _named(recipe.held_maps)}
+    # Tomograms are found again by their seeds, whatever was simulated into them.
+    claim(place / "tomograms", maps)
+    asked = {"tomograms": len(seeds), "validation": len(held), "seed": recipe.seed}
+    parent = {"parent": None if start is None else start.fingerprint}
+    claim(place / "run", asked | parent | maps | {"options": recipe.options.to_json()})
     examples = prepare(place / "tomograms", drawn, workers=workers, progress=progress)
     record = {
         "command": (
@@ -121,8 +128,7 @@ def train_base(
         "particles": int(sum(len(item.centres) for item in examples[: len(seeds)])),
         "first_seed": recipe.seed,
         "shapes": [*SHAPES_TRAIN, "blob"],
-        "maps": _named(recipe.maps),
-        "held_maps": _named(recipe.held_maps),
+        **maps,
     }
     if start is not None:
         record |= {"parent": start.fingerprint, "parent_provenance": start.metadata["provenance"]}
