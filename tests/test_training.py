@@ -295,6 +295,14 @@ def test_what_no_run_can_have_is_refused(tmp_path: Path) -> None:
         _tune(tmp_path / "slow", learning_rate=0)
     with pytest.raises(PlanError, match="steps 0"):
         _tune(tmp_path / "none", epochs=0)
+    unseen: dict[str, dict[str, Any]] = {
+        "radius of 100 working voxels": {"particle_radius": 100.0},
+        "radius of nan": {"particle_radius": float("nan")},
+        "window of .48": {"window": Window((48, 64, 64), (8, 8, 8))},
+    }
+    for message, asked in unseen.items():
+        with pytest.raises(PlanError, match=message):
+            _trained(tmp_path / "none", **asked)
     assert not (tmp_path / "none").exists()
 
 

@@ -16,7 +16,7 @@ from tomocpt_stream.calibration import calibrate as calibrated
 from tomocpt_stream.crops import Sampling
 from tomocpt_stream.diary import Diary
 from tomocpt_stream.epochs import Epochs, Split, split
-from tomocpt_stream.errors import SourceError
+from tomocpt_stream.errors import PlanError, SourceError
 from tomocpt_stream.labelled import open_labelled
 from tomocpt_stream.loop import Listener, OnStep, learn
 from tomocpt_stream.network import build_network, named_architecture, start_quiet
@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 _LOGGER = logging.getLogger(__name__)
 _VALIDATION_CROPS = 64
 _WARM_UP = 50
+# The network halves a window five times.
+_MULTIPLE = 32
 
 
 def train(  # noqa: PLR0913  (a run is decided by what is asked here, and by nothing else)
@@ -90,6 +92,7 @@ def train(  # noqa: PLR0913  (a run is decided by what is asked here, and by not
         validation_crops=_VALIDATION_CROPS,
         steps=epochs,  # the steps of an epoch are known when the volumes are
     )
+    _refuse_unseen(options)
     record = {"data": "trained on labelled tomograms"}
     asked = _Asked(Path(folder), options, record, _untrained(options), validation, calibrate, devices)
     return _train(asked, examples, progress=progress, on_step=on_step)
@@ -246,6 +249,23 @@ def _train(
     if not asked.calibrate or held is None or unchanged:
         return picker
     return calibrated(picker, parted.validation, progress=progress)
+
+
+def _refuse_unseen(options: TrainOptions) -> None:
+    """Refuse what no network sees, before tomograms are put on a grid that is far too fine."""
+    window, radius = options.sampling.window, options.sampling.radius
+    if not 1 <= radius <= min(window.shape) / 4:
+        raise PlanError(
+            f"a particle radius of {radius:g} working voxels",
+            expected=f"from 1 to {min(window.shape) / 4:g}, a quarter of the window of {window.shape} voxels",
+            remedy="10 is the paper's; the diameter in Å is the tomogram's",
+        )
+    if any(length % _MULTIPLE for length in window.shape):
+        raise PlanError(
+            f"a window of {window.shape} voxels",
+            expected=f"multiples of {_MULTIPLE}",
+            remedy="change the window",
+        )
 
 
 def _changes(augmentation: Augmentation | None) -> Augmentation:
