@@ -155,6 +155,10 @@ def test_outputs_of_another_kind_or_in_the_way_are_refused(seen: dict[str, Any])
     for words in ("train --table mine.csv", "train", "finetune mine.csv"):
         shown = _run(f"{words} --folder work --output mine.pt", code=1).stderr
         assert "ends in .safetensors" in shown
+        shown = _run(f"{words} --folder work --output ./work/run/best.safetensors", code=1).stderr
+        assert "among the checkpoints" in shown
+        shown = _run(f"{words} --folder work --output mine.csv/a/new.safetensors", code=1).stderr
+        assert "where nothing can be written" in shown
     Path("own.safetensors").touch()
     words = "finetune mine.csv --folder work --output own.safetensors --picker own.safetensors"
     assert "own.safetensors" in _run(words, code=1).stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -153,6 +154,7 @@ def finetune_command(table: Path | None, output: Path, augment: str, **settings:
     """
     from tomocpt_stream.training import fine_tune
 
+    _refuse_place(output, settings["folder"])
     own = [] if settings["picker"] == "base" else [settings["picker"]]
     examples = _examples(table, output, own, settings)
     if not examples:
@@ -214,6 +216,7 @@ def train_command(context: click.Context, /, table: Path | None, output: Path, *
     """
     own = table is not None or bool(settings["portal"])
     _refuse_idle(context, own=own)
+    _refuse_place(output, settings["folder"])
     if not own:
         phantoms = {name: settings[name] for name in (*_OF_PHANTOMS, "folder", "seed", "devices")}
         _write(lambda *told: _base(*told, **phantoms), output, "train", "picker")
@@ -290,7 +293,6 @@ def _examples(
     from tomocpt_stream.destinations import refuse_overwriting
     from tomocpt_stream.labelled import read_table
 
-    _refuse_name(output)
     examples = [] if table is None else read_table(table)
     inputs = [str(path) for one in examples for path in (one.tomogram, one.picks)]
     inputs += [] if table is None else [str(table)]
@@ -304,10 +306,25 @@ def _examples(
     return [replace(one, partial=True) for one in examples] if settings.pop("partial") else examples
 
 
-def _refuse_name(output: Path) -> None:
+def _refuse_place(output: Path, folder: Path) -> None:
+    """Refuse, before hours of training, what cannot take the picker, or is what the run goes on from."""
     if output.suffix != ".safetensors":
         raise PlanError(
             f"the output {output}", expected="a name that ends in .safetensors", remedy="rename it"
+        )
+    place, run = output.resolve(), folder.resolve() / "run"
+    if run in place.parents:
+        raise PlanError(
+            f"the output {output} among the checkpoints of the run",
+            expected=f"a place outside {folder / 'run'}",
+            remedy="choose another place for the output",
+        )
+    there = next(one for one in place.parents if one.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise PlanError(
+            f"the output {output} in {there}, where nothing can be written",
+            expected="a folder",
+            remedy="choose another place for the output",
         )
 
 
@@ -324,7 +341,6 @@ def _write(
     made: Callable[[Progress, Callable[[Step], None]], Picker], output: Path, stage: str, what: str
 ) -> None:
     """Make a picker, showing how it comes along, and write it."""
-    _refuse_name(output)
     with show_progress() as progress:
 
         def listen(step: Step) -> None:
