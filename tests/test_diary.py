@@ -247,6 +247,23 @@ def test_no_run_ends_for_a_full_disk(
     assert steps(tmp_path / "file") == [3]
 
 
+def test_no_run_ends_for_a_table_that_somebody_changed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, drawn: list[str]
+) -> None:
+    kept = quiet(tmp_path)
+    kept.step(Step(1))
+    with (tmp_path / "curves.csv").open("a") as file:
+        file.write("a remark\n")
+    with caplog.at_level(logging.WARNING):
+        kept.step(Step(2, validation=1.0))
+    assert "is not whole" in caplog.text
+    caplog.clear()
+    # The next part of the run drops it.
+    quiet(tmp_path).step(Step(3, validation=1.0))
+    assert steps(tmp_path) == [1, 2, 3]
+    assert not caplog.messages
+
+
 def test_events_are_told_where_tensorboard_is(
     tmp_path: Path, events: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -142,10 +142,10 @@ class Diary:
 
     @contextmanager
     def _forgiving(self) -> Iterator[None]:
-        """Turn a disk that is full or gone into one warning."""
+        """Turn a disk that is full or gone, or a table that somebody changed, into one warning."""
         try:
             yield
-        except OSError as error:
+        except (OSError, ValueError) as error:
             if not self._complained:
                 _LOGGER.warning("the diary in %s is not whole: %s", self._folder, error)
             self._complained = True
