@@ -129,6 +129,9 @@ def test_with_fewer_each_gives_a_slab_behind_a_gap() -> None:
     (learnt,), (held,) = parted.training, parted.validation
     assert "20% along y of one" in parted.remarks[0] or "20% along x of one" in parted.remarks[0]
     axis = int(np.flatnonzero(np.not_equal(held.volume.shape, item.volume.shape))[0])
+    lost = round(100 * (60 - len(learnt.centres) - len(held.centres)) / 60)
+    assert lost > 0
+    assert parted.remarks[0].endswith(f"of its particles, {lost}% in the gap")
     whole = item.volume.shape[axis]
     assert held.volume.shape[axis] == round(0.2 * whole)
     assert learnt.volume.shape[axis] == whole - 32 - round(0.2 * whole)

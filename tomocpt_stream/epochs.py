@@ -181,7 +181,8 @@ def _slabs(members: dict[str, list[Example]], sampling: Sampling) -> Split:
         best = min(cuts, key=lambda cut: abs(cut.share - _SHARE))
         training += best.learnt
         validation += best.held
-        remarks.append(f"validation: the {best.where} of {group}, {best.share:.0%} of its particles")
+        unused = f", {best.unused:.0%} in the gap" if best.unused else ""
+        remarks.append(f"validation: the {best.where} of {group}, {best.share:.0%} of its particles{unused}")
     return Split(training, validation, tuple(remarks))
 
 
@@ -191,6 +192,8 @@ class _Cut:
     learnt: list[Example]
     held: list[Example]
     share: float
+    unused: float
+    """Share of the particles that are neither learnt from nor held."""
 
 
 def _cuts(items: list[Example], axis: int, sampling: Sampling) -> Iterator[_Cut]:
@@ -214,7 +217,8 @@ def _cuts(items: list[Example], axis: int, sampling: Sampling) -> Iterator[_Cut]
             rest += int(_reaching(along, outer, sampling.radius).sum())
         if kept and rest:
             total = sum(len(item.certain) for item in items)
-            yield _Cut(f"{end} {_SHARE:.0%} along {_LETTERS[axis]}", learnt, held, kept / total)
+            unused = max(0, total - kept - rest) / total
+            yield _Cut(f"{end} {_SHARE:.0%} along {_LETTERS[axis]}", learnt, held, kept / total, unused)
 
 
 def _reaching(along: npt.NDArray[np.float64], span: tuple[int, int], radius: float) -> npt.NDArray[np.bool_]:
