@@ -176,6 +176,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--rate", type=float, default=Lesson.rate, help="learning rate")
     parser.add_argument("--radius", type=float, help="of the particle when learning, working voxels")
     parser.add_argument("--others", action="store_true", help="the other classes as hard negatives")
+    parser.add_argument("--validate", action="store_true", help="keep a slab of each to choose the epoch by")
+    parser.add_argument("--precision", choices=("float32", "bfloat16"), default=Lesson.precision)
+    parser.add_argument("--average", type=float, default=0.0, help="decay of the weights' running average")
     parser.add_argument(
         "--augment", nargs="+", type=_change, default=[], metavar="FIELD=NUMBER", help="of Augmentation"
     )
@@ -220,6 +223,9 @@ def _lesson(asked: argparse.Namespace, kind: Kind, picker: Picker) -> Lesson:
         rate=asked.rate,
         radius=asked.radius,
         others=asked.others,
+        validate=asked.validate,
+        precision=asked.precision,
+        average=asked.average,
         seed=asked.seed,
         augment=tuple(sorted(dict(asked.augment).items())),
     )

@@ -13,7 +13,7 @@ from paper_methods import digest
 from tomocpt_stream import LabelledTomogram, Picker, fine_tune, load_picker
 from tomocpt_stream.augmentation import Augmentation
 from tomocpt_stream.crops import Sampling
-from tomocpt_stream.epochs import Epochs, split
+from tomocpt_stream.epochs import Epochs, Split, split
 from tomocpt_stream.labelled import open_labelled
 from tomocpt_stream.network import build_network
 
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
     from sim10a_scenes import Kind, Scene
 
+    from tomocpt_stream.train_options import Precision
+
 
 @dataclass(frozen=True)
 class Lesson:
@@ -30,8 +32,10 @@ class Lesson:
 
     epochs : passes over the crops; `steps`, where not 0, asks for so many of them instead, rounded up to
         whole epochs. radius : of the particle, working voxels; None leaves the picker's own. others : the
-        other classes lie in half of the crops without a particle. augment : fields of `Augmentation`
-        beside the flips and quarter turns, which are always done.
+        other classes lie in half of the crops without a particle. validate : a slab of each tomogram is
+        kept to choose the best epoch by; else all of them is learnt from and the last epoch taken.
+        precision, average : as `fine_tune` has them. augment : fields of `Augmentation` beside the flips
+        and quarter turns, which are always done.
     """
 
     kind: str
@@ -42,6 +46,9 @@ class Lesson:
     rate: float = 5e-5
     radius: float | None = None
     others: bool = False
+    validate: bool = False
+    precision: Precision = "float32"
+    average: float = 0.0
     seed: int = 0
     augment: tuple[tuple[str, float], ...] = ()
 
@@ -51,6 +58,9 @@ class Lesson:
         words = [f"{self.steps} steps" if self.steps else f"{self.epochs} epochs"]
         words += [f"radius {self.radius:g}"] if self.radius else []
         words += ["others"] if self.others else []
+        words += ["validated"] if self.validate else []
+        words += [self.precision] if self.precision != Lesson.precision else []
+        words += [f"average {self.average:g}"] if self.average else []
         words += [f"rate {self.rate:g}"] if self.rate != Lesson.rate else []
         words += [f"batch {self.batch}"] if self.batch != Lesson.batch else []
         words += [f"seed {self.seed}"] if self.seed else []
@@ -112,7 +122,9 @@ def survey(examples: Sequence[LabelledTomogram], picker: Picker, lesson: Lesson,
     opened = open_labelled(examples, picker)
     prepared = [one.ingest(folder) for one in opened]
     sampling = Sampling(picker.window, picker.particle_radius, picker.metadata["label"]["kind"])
-    parted = split(prepared, [one.group for one in opened], sampling, seed=lesson.seed)
+    whole = Split(prepared, [], ("validation: none, all particles are learnt from",))
+    groups = [one.group for one in opened]
+    parted = split(prepared, groups, sampling, seed=lesson.seed) if lesson.validate else whole
     epochs = Epochs(parted.training, sampling, seed=lesson.seed)
     particles, learnt, kept = (
         sum(len(one.centres) for one in some) for some in (prepared, parted.training, parted.validation)
@@ -160,6 +172,9 @@ def teach(
         learning_rate=lesson.rate,
         batch_size=lesson.batch,
         augmentation=lesson.augmentation(),
+        validation=lesson.validate,
+        precision=lesson.precision,
+        average=lesson.average,
         seed=lesson.seed,
         on_step=lambda step: watch.note(step.step, step.steps, step.loss, step.validation),
     )
