@@ -296,7 +296,7 @@ class Mine:
 if __name__ == "__main__":
     volume = open_volume(sys.argv[1])
     plan = plan_blocks(volume.shape, Mine.window, stitch="crop", batch_size=2, chunk=20, workers=4)
-    options = PickOptions(60.0, stitch="crop", batch_size=2)
+    options = PickOptions(60.0, stitch="crop", batch_size=2, contrast="dark")
     with local_cluster(1) as client:
         maps = [predict(volume, Mine(), plan, store=name, options=options, client=c) for name, c in
             (("here.zarr", None), ("there.zarr", client))]

@@ -245,7 +245,7 @@ def test_what_cannot_be_done_is_refused(files: tuple[Path, Path], tmp_path: Path
     for length in ("nan", "inf"):
         words = ["evaluate", str(picks), str(truth), "--diameter", length, "--tolerance", "9"]
         result = CliRunner().invoke(main, words)
-        assert (result.exit_code, "--diameter takes" in result.stderr) == (2, True)
+        assert (result.exit_code, "for '--diameter'" in result.stderr) == (2, True)
     (tmp_path / "curve.csv").write_text("mine")
     refused = _run(tmp_path / "curve.csv", truth, "--output", tmp_path, code=1)
     assert "is an input" in refused.stderr

@@ -165,7 +165,7 @@ from tomocpt_stream.heatmap import PickOptions, predict
 from tomocpt_stream.volume import open_volume
 
 volume = open_volume(sys.argv[4])
-options = PickOptions(60.0, stitch="crop", batch_size=3, threshold=0.03 + 0.01 * ME)
+options = PickOptions(60.0, stitch="crop", batch_size=3, threshold=0.03 + 0.01 * ME, contrast="dark")
 plan = plan_blocks(volume.shape, SMALL, stitch="crop", batch_size=3, chunk=24)
 found = []
 for number in range(5):
