@@ -37,6 +37,8 @@ T = TypeVar("T")
 _WAITING = 1
 # Seconds to wait for the end of a job before looking around, and between two counts of the workers.
 _POLL, _ASK = 0.25, 2.0
+# Seconds after which a cluster without a living worker is given up: while it is scaled there may be none.
+_DESERTED = 5.0
 # Seconds to wait for what a job returned: where its worker has died since, it is computed again first, or
 # never, if no worker is left.
 _GATHER = 20.0
@@ -111,6 +113,7 @@ class _Run:
         self._tallies: dict[str, Tally] = {}
         self._workers, self._limit, self._asked = 1, 1, -math.inf
         self._begun = 0  # jobs submitted, each counted once
+        self._deserted = math.inf  # since when there has been no living worker
         self._news: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self._line = _line_of(client)
         self._line.runs[self._name] = self._news
@@ -142,7 +145,8 @@ class _Run:
 
     def _check_alive(self) -> None:
         """Raise where the scheduler is gone; workers may come back, so they are waited for if they can."""
-        if is_deserted(self._client):
+        self._deserted = min(self._deserted, time.monotonic()) if is_deserted(self._client) else math.inf
+        if time.monotonic() - self._deserted > _DESERTED:
             raise JobError(
                 f"{self._stage.name} of {self._stage.tomogram}: every worker has died, and none could be "
                 "started again",
