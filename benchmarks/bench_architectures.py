@@ -1,9 +1,11 @@
 """Which architecture picks best for its time: each learns for the same seconds, on the same tomograms.
 
-    OMP_NUM_THREADS=2 python benchmarks/bench_architectures.py --folder FOLDER --seconds 900 --write
+    OMP_NUM_THREADS=2 python benchmarks/bench_architectures.py --folder FOLDER --part speeds
+    python benchmarks/bench_architectures.py --folder FOLDER --seconds 900 --write
 
 The seconds are those of the training steps, measured before on an idle machine: an architecture whose
-step takes twice as long gets half the steps. Tomograms are those of the base picker's recipe. F1 is that
+step takes twice as long gets half the steps. Tomograms are those of the base picker's recipe, with
+--maps and --held-maps that of `curriculum.draw_hard`. F1 is that
 of the best threshold over all validation tomograms, pooled. Done parts are kept in the folder.
 """
 
@@ -12,14 +14,14 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from bench_network import least
 
 from tomocpt_stream.blocks import Window
 from tomocpt_stream.calibration import calibrate
@@ -29,6 +31,7 @@ from tomocpt_stream.losses import loss_terms
 from tomocpt_stream.memory import freed_memory_kept
 from tomocpt_stream.network import build_network, named_architecture, place
 from tomocpt_stream.picker import Picker, picker_metadata
+from tomocpt_stream.whole import write_whole
 
 if TYPE_CHECKING:
     from tomocpt_stream.train_options import TrainOptions
@@ -48,17 +51,6 @@ def architectures() -> dict[str, dict[str, Any]]:
         "24, window 4": small | {"feature_size": 24},
         "paper: 36, window 7": named_architecture("paper"),
     }
-
-
-def least(run: Any, repeats: int = 3) -> float:
-    """Return the least seconds of several runs after one to warm up."""
-    run()
-    seconds = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        run()
-        seconds.append(time.perf_counter() - began)
-    return min(seconds)
 
 
 def speeds(architecture: dict[str, Any], options: TrainOptions) -> dict[str, float]:
@@ -81,71 +73,96 @@ def speeds(architecture: dict[str, Any], options: TrainOptions) -> dict[str, flo
     with freed_memory_kept():
         return {
             "parameters": sum(one.numel() for one in network.parameters()),
-            "window": least(lambda: picker.score(batch)) / len(batch),
-            "step": least(step),
+            "window": least(lambda: picker.score(batch), 3) / len(batch),
+            "step": least(step, 3),
         }
 
 
-def study(name: str, folder: Path, seconds: float, tomograms: int, validation: int) -> dict[str, Any]:
-    """Return one architecture's figures; what was done before is taken from the folder."""
-    architecture = architectures()[name]
-    place_of = folder / name.split(":")[0].replace(" ", "_").replace(",", "")
-    place_of.mkdir(parents=True, exist_ok=True)
-    options = replace(base_options(), architecture=architecture)
-    timed = place_of / "speeds.json"
-    if not timed.exists():
-        timed.write_text(json.dumps(speeds(architecture, options)))
-    speed: dict[str, Any] = json.loads(timed.read_text())
-    done = place_of / f"f1_{seconds:g}.json"
-    steps = max(20, round(seconds / speed["step"]))
-    if not done.exists():
-        examples = prepare(
-            folder / "tomograms",
-            dict.fromkeys([*range(tomograms), *range(_HELD, _HELD + validation)], ()),
-        )
+@dataclass(frozen=True)
+class Study:
+    """What each architecture learns from and for how long, and where the work is kept."""
+
+    folder: Path
+    seconds: float
+    tomograms: int
+    validation: int
+    seed: int
+    maps: tuple[str, ...]
+    held_maps: tuple[str, ...]
+
+    def speed(self, name: str) -> dict[str, float]:
+        """Return what `speeds` measured, once."""
+        timed = self._place(name) / "speeds.json"
+        if not timed.exists():
+            write_whole(timed, json.dumps(speeds(architectures()[name], base_options())))
+        found: dict[str, float] = json.loads(timed.read_text())
+        return found
+
+    def row(self, name: str) -> dict[str, Any]:
+        """Return one architecture's figures; what was done before is taken from the folder."""
+        speed = self.speed(name)
+        steps = max(20, round(self.seconds / speed["step"]))
+        asked = f"{self.seconds:g}_{self.tomograms}_{self.validation}_{self.seed}_{len(self.maps)}"
+        done = self._place(name) / f"f1_{asked}.json"
+        if not done.exists():
+            learnt = self._learn(name, steps, self._place(name) / f"run_{asked}")
+            write_whole(done, json.dumps(learnt))
+        return {"name": name, "steps": steps, **speed, **json.loads(done.read_text())}
+
+    def _learn(self, name: str, steps: int, folder: Path) -> dict[str, float]:
+        seeds = range(self.seed, self.seed + self.tomograms)
+        held = range(_HELD + self.seed, _HELD + self.seed + self.validation)
+        drawn = dict.fromkeys(seeds, self.maps) | dict.fromkeys(held, self.held_maps)
+        examples = prepare(self.folder / "tomograms", drawn)
         options = replace(
-            options, steps=steps, warm_up=min(100, steps // 10), checkpoint_every=max(10, steps // 8)
+            base_options(),
+            architecture=architectures()[name],
+            steps=steps,
+            warm_up=min(100, steps // 10),
+            checkpoint_every=max(10, steps // 8),
         )
 
         def tell(step: Step) -> None:
             if step.validation is not None:
-                print(
-                    f"{name}: step {step.step} of {step.steps}, validation {step.validation:.5f}", flush=True
-                )
+                line = f"{name}: step {step.step} of {step.steps}, validation {step.validation:.5f}"
+                print(line, flush=True)
 
+        kept_aside = examples[self.tomograms :]
         picker = learn(
-            examples[:tomograms],
-            validation=examples[tomograms:],
+            examples[: self.tomograms],
+            validation=kept_aside,
             options=options,
-            folder=place_of / f"run_{seconds:g}",
+            folder=folder,
             listeners=[OnStep(tell)],
         )
-        found = calibrate(picker, examples[tomograms:]).metadata["provenance"]
-        record = {
-            "f1": found["calibration"]["f1"],
-            "validation": found["validation_loss"],
-        }
-        done.write_text(json.dumps(record))
-    return {"name": name, "steps": steps, **speed, **json.loads(done.read_text())}
+        found = calibrate(picker, kept_aside).metadata["provenance"]
+        return {"f1": found["calibration"]["f1"], "validation": found["validation_loss"]}
+
+    def _place(self, name: str) -> Path:
+        place_of = self.folder / name.split(":")[0].replace(" ", "_").replace(",", "")
+        place_of.mkdir(parents=True, exist_ok=True)
+        return place_of
 
 
-def page(rows: list[dict[str, Any]], asked: argparse.Namespace) -> str:
+def page(rows: list[dict[str, Any]], study: Study, only: list[str]) -> str:
     """Return the table."""
-    hardware = (
-        torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else f"CPU, {torch.get_num_threads()} threads"
+    gpu = torch.cuda.is_available()
+    hardware = torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads"
+    command = (
+        f"python benchmarks/{Path(__file__).name} --folder FOLDER --seconds {study.seconds:g} "
+        f"--tomograms {study.tomograms} --validation {study.validation} --seed {study.seed}"
+        + (" --maps FOLDER --held-maps FOLDER" if study.maps else "")
+        + "".join(f' --only "{one}"' for one in only)
     )
-    only = "".join(f' --only "{one}"' for one in asked.only or ())
     lines = [
         "# Accuracy for time, by architecture",
         "",
         f"- {date.today().isoformat()}, torch {torch.__version__}, {platform.machine()}, {hardware}",
-        f"- `python benchmarks/{Path(__file__).name} --folder FOLDER --seconds {asked.seconds:g} "
-        f"--tomograms {asked.tomograms} --validation {asked.validation}{only} --write`",
-        f"- Each learnt from nothing for {asked.seconds:g} s of steps of {base_options().batch_size} crops "
-        f"(bfloat16), on {asked.tomograms} tomograms of the base picker's recipe; F1 on "
-        f"{asked.validation} others.",
+        f"- `{command} --write`",
+        f"- Each learnt from nothing for {study.seconds:g} s of steps of {base_options().batch_size} crops "
+        f"(bfloat16; the seconds of a step are those of the table, measured with nothing beside them), on "
+        f"{study.tomograms} tomograms of the base picker's recipe; F1 at the best threshold on "
+        f"{study.validation} others" + (" of other proteins." if study.maps else "."),
         "",
         "| architecture | parameters (M) | ms/window, float32 | ms/step | steps | validation loss | F1 |",
         "|---|---:|---:|---:|---:|---:|---:|",
@@ -164,19 +181,43 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--part", nargs="+", choices=("speeds", "learn"), default=["speeds", "learn"])
     parser.add_argument("--seconds", type=float, default=900.0, help="of training, each")
     parser.add_argument("--tomograms", type=int, default=60)
     parser.add_argument("--validation", type=int, default=6)
+    parser.add_argument("--seed", type=int, default=0, help="of the first tomogram")
+    parser.add_argument("--maps", type=_maps, default=(), metavar="DIR", help="as for tomocpt-stream train")
+    parser.add_argument("--held-maps", type=_maps, default=(), metavar="DIR")
     parser.add_argument("--only", action="append", choices=list(architectures()), metavar="NAME")
     parser.add_argument("--write", action="store_true", help="also write the page to results/")
     asked = parser.parse_args()
     names = asked.only or list(architectures())
-    rows = [study(name, asked.folder, asked.seconds, asked.tomograms, asked.validation) for name in names]
-    text = page(rows, asked)
-    print(text)
-    if asked.write:
-        kind = torch.cuda.get_device_name().replace(" ", "-") if torch.cuda.is_available() else "2cpu"
-        (RESULTS / f"architectures_{kind}-{platform.machine()}_{date.today():%Y%m}.md").write_text(text)
+    study = Study(
+        asked.folder,
+        asked.seconds,
+        asked.tomograms,
+        asked.validation,
+        asked.seed,
+        asked.maps,
+        asked.held_maps,
+    )
+    if "speeds" in asked.part:
+        for name in names:
+            print(f"{name}: {study.speed(name)}", flush=True)
+    if "learn" in asked.part:
+        text = page([study.row(name) for name in names], study, asked.only or [])
+        print(text)
+        if asked.write:
+            kind = torch.cuda.get_device_name().replace(" ", "-") if torch.cuda.is_available() else "2cpu"
+            name = f"architectures_{kind}-{platform.machine()}_{date.today():%Y%m}.md"
+            write_whole(RESULTS / name, text)
+
+
+def _maps(text: str) -> tuple[str, ...]:
+    found = tuple(sorted(map(str, Path(text).glob("*.mrc"))))
+    if not found:
+        raise argparse.ArgumentTypeError(f"no density map (.mrc) in {text}")
+    return found
 
 
 if __name__ == "__main__":
