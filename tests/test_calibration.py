@@ -1,12 +1,12 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 
+from tests.volumes import MemoryVolume
 from tomocpt_stream.blocks import Window
 from tomocpt_stream.calibration import calibrate
 from tomocpt_stream.crops import Example
@@ -34,17 +34,6 @@ class _Reader:
         return logits, provenance
 
 
-@dataclass(frozen=True, eq=False)
-class _Memory:
-    array: npt.NDArray[np.float32]
-    percentiles: tuple[float, float, float] = (-0.5, 0.0, 0.5)
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        z, y, x = self.array.shape
-        return (z, y, x)
-
-
 def _balls(*kinds: tuple[float, list[list[int]]]) -> npt.NDArray[np.float32]:
     """Return a map of balls, each kind with the height that its centre has."""
     painted = [height * paint_box(centres, BOX, radius=10) for height, centres in kinds]
@@ -54,7 +43,9 @@ def _balls(*kinds: tuple[float, list[list[int]]]) -> npt.NDArray[np.float32]:
 
 def _calibrated(array: npt.NDArray[np.float32], centres: list[list[int]]) -> tuple[float, dict[str, Any]]:
     picker: Any = _Reader()
-    done: Any = calibrate(picker, [Example(_Memory(array), np.array(centres, dtype=np.float64))])
+    done: Any = calibrate(
+        picker, [Example(MemoryVolume(array, (-0.5, 0.0, 0.5)), np.array(centres, dtype=np.float64))]
+    )
     shift, provenance = done
     return shift, provenance["calibration"]
 
@@ -89,7 +80,9 @@ def test_where_nothing_is_known_nothing_counts() -> None:
     places = np.array(TRUE + WEAK, dtype=np.float64)
     picker: Any = _Reader()
     for doubtful, f1 in ((np.zeros((0, 3)), 20 / 21), (np.array([[20.0, 30.0, 230.0]]), 1.0)):
-        done: Any = calibrate(picker, [Example(_Memory(array), places, doubtful=doubtful)])
+        done: Any = calibrate(
+            picker, [Example(MemoryVolume(array, (-0.5, 0.0, 0.5)), places, doubtful=doubtful)]
+        )
         assert done[1]["calibration"]["f1"] == pytest.approx(f1)
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from tests.volumes import MemoryVolume
 from tomocpt_stream.augmentation import Augmentation, Changes
 from tomocpt_stream.blocks import Window
 from tomocpt_stream.crops import (
@@ -33,21 +34,10 @@ WINDOW = Window((32, 32, 32), (4, 4, 4))
 SAMPLING = Sampling(window=WINDOW, radius=6.0)
 
 
-@dataclass(frozen=True, eq=False)
-class _Memory:
-    array: npt.NDArray[np.float32]
-    percentiles: tuple[float, float, float] = (-2.0, 0.5, 2.0)
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        z, y, x = self.array.shape
-        return (z, y, x)
-
-
 def _example(shape: tuple[int, int, int] = (40, 60, 70), count: int = 3, seed: int = 0) -> Example:
     rng = np.random.default_rng(seed)
     array = rng.standard_normal(shape, dtype=np.float32)
-    return Example(_Memory(array), rng.uniform(0, shape, size=(count, 3)))
+    return Example(MemoryVolume(array), rng.uniform(0, shape, size=(count, 3)))
 
 
 def test_crop_inside_is_the_normalised_volume_and_its_label() -> None:
@@ -99,7 +89,7 @@ def test_crops_hold_a_particle_when_asked_for(share: float, holds: bool) -> None
 
 
 def test_positive_crops_hold_their_particle_anywhere() -> None:
-    chosen = Example(_Memory(np.zeros((90, 90, 90), np.float32)), np.array([[45.0, 45.0, 45.0]]))
+    chosen = Example(MemoryVolume(np.zeros((90, 90, 90), np.float32)), np.array([[45.0, 45.0, 45.0]]))
     sampling = replace(SAMPLING, positive=1.0)
     tops = []
     for step in range(60):
@@ -156,7 +146,7 @@ def test_a_turned_crop_has_its_label_where_its_particles_are() -> None:
     for seed in POSED[:6]:
         rng = np.random.default_rng(seed)
         centres = rng.uniform(0, shape, size=(40, 3))
-        chosen = Example(_Memory(paint_box(centres, whole, radius=9.0), (-0.5, 0.0, 0.5)), centres)
+        chosen = Example(MemoryVolume(paint_box(centres, whole, radius=9.0), (-0.5, 0.0, 0.5)), centres)
         sampling = replace(SAMPLING, radius=9.0, augmentation=POSES)
         start = [int(a) for a in rng.integers(-4, np.array(shape) - 24)]
         voxels, label, marks = changed_crop(chosen, start, sampling, np.random.default_rng(seed))
@@ -213,7 +203,7 @@ def test_a_turned_region_goes_with_its_crop() -> None:
 
 
 def test_nothing_is_known_around_a_doubtful_place_that_no_particle_explains() -> None:
-    volume = _Memory(np.zeros((60, 60, 60), np.float32))
+    volume = MemoryVolume(np.zeros((60, 60, 60), np.float32))
     centres, doubtful = np.array([[30.0, 30.0, 30.0]]), np.array([[30.0, 30.0, 42.0], [8.0, 8.0, 8.0]])
     chosen = Example(volume, centres, doubtful=doubtful)
     box = (slice(0, 60), slice(0, 60), slice(0, 60))
@@ -264,7 +254,7 @@ def test_places_are_looked_up_box_by_box() -> None:
 
 def test_an_empty_crop_is_empty_behind_the_face_too() -> None:
     """What hangs over a face is the volume reflected, with the particles that lie there."""
-    chosen = Example(_Memory(np.zeros((34, 34, 120), np.float32)), np.array([[17.0, 17, 102]]))
+    chosen = Example(MemoryVolume(np.zeros((34, 34, 120), np.float32)), np.array([[17.0, 17, 102]]))
     for step in range(40):
         _, label, _ = draw_batch([chosen], replace(SAMPLING, positive=0.0), size=1, seed=0, step=step)
         assert not label.any()
@@ -272,7 +262,7 @@ def test_an_empty_crop_is_empty_behind_the_face_too() -> None:
 
 def test_drawn_crops_lie_where_the_truth_is_known() -> None:
     centres = np.array([[10.0, 40, 40], [60, 4, 4]])
-    chosen = Example(_Memory(np.zeros((80, 80, 80), np.float32)), centres, annotated=_Slab(50, []))
+    chosen = Example(MemoryVolume(np.zeros((80, 80, 80), np.float32)), centres, annotated=_Slab(50, []))
     assert chosen.certain.tolist() == [[60, 4, 4]]
     for step in range(20):
         for share in (0.0, 1.0):
@@ -288,10 +278,10 @@ def test_drawn_crops_lie_where_the_truth_is_known() -> None:
 
 
 def test_empty_crops_are_drawn_around_other_kinds_and_examples_by_weight() -> None:
-    volume = _Memory(np.zeros((120, 120, 120), np.float32))
+    volume = MemoryVolume(np.zeros((120, 120, 120), np.float32))
     others = np.array([[100.0, 100, 100]])
     light = Example(volume, np.array([[10.0, 10, 10]]), others=others, weight=0.5)
-    heavy = replace(light, volume=_Memory(np.ones((120, 120, 120), np.float32)), weight=1.5)
+    heavy = replace(light, volume=MemoryVolume(np.ones((120, 120, 120), np.float32)), weight=1.5)
     batch = draw_batch([light, heavy], replace(SAMPLING, positive=0.0, hard=1.0), size=200, seed=0, step=0)
     assert not batch.label.any()
     share = (batch.voxels[:, 0, 0, 0] > 0).mean()

@@ -7,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from tests.volumes import MemoryVolume
 from tomocpt_stream.augmentation import Augmentation
 from tomocpt_stream.blocks import Window
 from tomocpt_stream.crops import Example, Sampling, changed_crop, read_crop
@@ -16,20 +17,9 @@ SAMPLING = Sampling(window=Window((64, 64, 64), (8, 8, 8)), radius=10.0)
 SMALL = Sampling(window=Window((32, 32, 32), (4, 4, 4)), radius=4.0)
 
 
-@dataclass(frozen=True, eq=False)
-class _Memory:
-    array: npt.NDArray[np.float32]
-    percentiles: tuple[float, float, float] = (-2.0, 0.5, 2.0)
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        z, y, x = self.array.shape
-        return (z, y, x)
-
-
 def _example(shape: tuple[int, int, int], centres: list[list[float]], seed: int = 0) -> Example:
     array = np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
-    return Example(_Memory(array), np.array(centres, dtype=np.float64).reshape(-1, 3))
+    return Example(MemoryVolume(array), np.array(centres, dtype=np.float64).reshape(-1, 3))
 
 
 def test_crops_lie_at_a_stride_of_32_and_cover_every_voxel() -> None:
@@ -265,7 +255,7 @@ def test_no_voxel_is_both_learnt_from_and_kept() -> None:
     side = ["learnt"]
 
     @dataclass(frozen=True, eq=False)
-    class _Watched(_Memory):
+    class _Watched(MemoryVolume):
         def __getitem__(self, box: tuple[slice, ...]) -> npt.NDArray[np.float32]:
             read[side[0]][box] = True
             return self.array[box]
@@ -273,7 +263,7 @@ def test_no_voxel_is_both_learnt_from_and_kept() -> None:
     rng = np.random.default_rng(7)
     array = rng.standard_normal(shape, dtype=np.float32)
     watched = _Watched(array)
-    volume = replace(_Memory(array), array=watched)  # type: ignore[arg-type]
+    volume = replace(MemoryVolume(array), array=watched)  # type: ignore[arg-type]
     item = Example(volume, rng.uniform(0, shape, (40, 3)))
     parted = split([item], ["one"], SMALL)
     changed = replace(SMALL, augmentation=Augmentation(turns=True, tilt=15, zoom=0.2))

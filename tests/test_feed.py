@@ -1,40 +1,26 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
+from tests.volumes import MemoryVolume
 from tomocpt_stream.blocks import Window
 from tomocpt_stream.crops import Batch, Example, Sampling
 from tomocpt_stream.epochs import Epochs
 from tomocpt_stream.feed import Crops, Feed, held_crops, loader_threads, step_crops
 from tomocpt_stream.train_options import TrainOptions
 
-if TYPE_CHECKING:
-    import numpy.typing as npt
-
 SAMPLING = Sampling(window=Window((32, 32, 32), (4, 4, 4)), radius=4.0)
 OPTIONS = TrainOptions(batch_size=5, sampling=SAMPLING, seed=3, validation_crops=3)
 
 
-@dataclass(frozen=True, eq=False)
-class _Memory:
-    array: npt.NDArray[np.float32]
-    percentiles: tuple[float, float, float] = (-2.0, 0.5, 2.0)
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        z, y, x = self.array.shape
-        return (z, y, x)
-
-
 def _example() -> Example:
     array = np.random.default_rng(0).standard_normal((40, 100, 120), dtype=np.float32)
-    return Example(_Memory(array), np.array([[20.0, 50.0, 60.0]]))
+    return Example(MemoryVolume(array), np.array([[20.0, 50.0, 60.0]]))
 
 
 def _numbered(item: int) -> Crops:

@@ -1,14 +1,14 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 import torch
 
+from tests.volumes import MemoryVolume, two_balls
 from tomocpt_stream import loop
 from tomocpt_stream.blocks import Window
 from tomocpt_stream.crops import Example, Sampling, draw_batch
@@ -17,7 +17,6 @@ from tomocpt_stream.loop import Look, OnStep, Step, learn
 from tomocpt_stream.network import build_network, named_architecture
 from tomocpt_stream.picker import Picker, load_picker, picker_metadata
 from tomocpt_stream.runs import Run
-from tomocpt_stream.targets import paint_box
 from tomocpt_stream.train_options import Precision, TrainOptions
 
 if TYPE_CHECKING:
@@ -37,32 +36,11 @@ OPTIONS = TrainOptions(
 )
 
 
-@dataclass(frozen=True, eq=False)
-class _Memory:
-    array: npt.NDArray[np.float32]
-    percentiles: tuple[float, float, float] = (-1.0, 0.0, 1.0)
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        z, y, x = self.array.shape
-        return (z, y, x)
-
-
-def _example(seed: int = 0) -> Example:
-    """Dark balls in weak noise."""
-    rng = np.random.default_rng(seed)
-    shape = (40, 48, 80)
-    centres = np.array([[12.0, 12.0, 14.0], [26.0, 33.0, 30.0]]) + rng.uniform(-2, 2, (2, 3))
-    box = (slice(0, shape[0]), slice(0, shape[1]), slice(0, shape[2]))
-    balls = paint_box(centres, box, radius=6.0, label="binary")
-    return Example(_Memory(0.3 * rng.standard_normal(shape, dtype=np.float32) - 2 * balls), centres)
-
-
 def test_training_learns_one_crop(tmp_path: Path) -> None:
     options = replace(
         OPTIONS, steps=16, learning_rate=3e-3, average=0.0, batch_size=1, checkpoint_every=16, seed=3
     )
-    still = _example()
+    still = two_balls()
     losses: list[float] = []
     picker = learn(
         [still], options=options, folder=tmp_path, listeners=[OnStep(lambda step: losses.append(step.loss))]
@@ -98,8 +76,8 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(
 
     def run(folder: str, witness: _Witness) -> Picker:
         return learn(
-            [_example(0), _example(1)],
-            validation=[_example(2)],
+            [two_balls(0), two_balls(1)],
+            validation=[two_balls(2)],
             options=options,
             folder=tmp_path / folder,
             listeners=[witness],
@@ -137,7 +115,9 @@ def test_no_listener_misses_a_step_whose_state_was_not_written(
 
     def run(witness: _Witness) -> None:
         options = replace(OPTIONS, steps=2, checkpoint_every=1)
-        learn([_example(0)], validation=[_example(1)], options=options, folder=tmp_path, listeners=[witness])
+        learn(
+            [two_balls(0)], validation=[two_balls(1)], options=options, folder=tmp_path, listeners=[witness]
+        )
 
     def killed(self: Run) -> None:
         raise KeyboardInterrupt
@@ -157,7 +137,7 @@ def test_gradients_that_are_no_numbers_reach_no_weight(
 ) -> None:
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: torch.tensor(torch.nan))
     with pytest.raises(CheckpointError, match="norm of the gradients of nan at step 0"):
-        learn([_example()], options=replace(OPTIONS, steps=1, checkpoint_every=1), folder=tmp_path)
+        learn([two_balls()], options=replace(OPTIONS, steps=1, checkpoint_every=1), folder=tmp_path)
     assert not list(tmp_path.glob("*.safetensors"))
 
 
@@ -170,7 +150,7 @@ def test_a_run_ends_when_the_validation_loss_no_longer_falls(
 
     def run() -> Picker:
         return learn(
-            [_example(0)], validation=[_example(1)], options=options, folder=tmp_path, listeners=[seen]
+            [two_balls(0)], validation=[two_balls(1)], options=options, folder=tmp_path, listeners=[seen]
         )
 
     with caplog.at_level(logging.INFO, logger="tomocpt_stream"):
@@ -186,7 +166,7 @@ def test_a_run_ends_when_the_validation_loss_no_longer_falls(
 def test_a_listener_sees_a_particle_of_the_validation_at_each_checkpoint(tmp_path: Path) -> None:
     options = replace(OPTIONS, steps=2, average=0.0)
     seen = _Witness()
-    learn([_example(0)], validation=[_example(2)], options=options, folder=tmp_path, listeners=[seen])
+    learn([two_balls(0)], validation=[two_balls(2)], options=options, folder=tmp_path, listeners=[seen])
     (look,) = seen.looks
     assert (look.step, look.epoch, look.known) == (2, 1, None)
     assert look.label.max() > 0.5
@@ -204,8 +184,8 @@ def test_a_picker_that_training_makes_no_better_is_given_back(
     monkeypatch.setattr(loop._Held, "loss", lambda *_: next(values))
     seen = _Witness()
     kept = learn(
-        [_example(1)],
-        validation=[_example(2)],
+        [two_balls(1)],
+        validation=[two_balls(2)],
         options=replace(OPTIONS, steps=1),
         folder=tmp_path,
         start_from=good,
@@ -221,8 +201,8 @@ def test_a_picker_that_training_makes_no_better_is_given_back(
 
 def test_best_and_last_pickers_carry_their_provenance(tmp_path: Path) -> None:
     picker = learn(
-        [_example(0)],
-        validation=[_example(1)],
+        [two_balls(0)],
+        validation=[two_balls(1)],
         options=OPTIONS,
         folder=tmp_path,
         provenance={"data": "balls"},
@@ -244,31 +224,33 @@ def test_best_and_last_pickers_carry_their_provenance(tmp_path: Path) -> None:
 
 def test_without_validation_the_last_picker_is_returned(tmp_path: Path) -> None:
     options = replace(OPTIONS, steps=1)
-    picker = learn([_example(0)], options=options, folder=tmp_path)
+    picker = learn([two_balls(0)], options=options, folder=tmp_path)
     assert picker.metadata["provenance"]["step"] == 1
     assert not (tmp_path / "best.safetensors").exists()
 
 
 def test_a_run_may_start_from_a_picker(tmp_path: Path) -> None:
     options = replace(OPTIONS, steps=1, learning_rate=1e-12, average=0.0)
-    first = learn([_example(0)], options=options, folder=tmp_path / "first")
+    first = learn([two_balls(0)], options=options, folder=tmp_path / "first")
     second = learn(
-        [_example(1)], options=replace(options, seed=9), folder=tmp_path / "second", start_from=first
+        [two_balls(1)], options=replace(options, seed=9), folder=tmp_path / "second", start_from=first
     )
-    voxels, _, _ = draw_batch([_example(0)], SAMPLING, size=1, seed=0, step=0)
+    voxels, _, _ = draw_batch([two_balls(0)], SAMPLING, size=1, seed=0, step=0)
     np.testing.assert_allclose(second.score(voxels), first.score(voxels), atol=1e-5)
-    fresh = learn([_example(1)], options=replace(options, seed=9), folder=tmp_path / "fresh")
+    fresh = learn([two_balls(1)], options=replace(options, seed=9), folder=tmp_path / "fresh")
     assert not np.allclose(fresh.score(voxels), first.score(voxels), atol=1e-5)
     other = replace(options, architecture=named_architecture("small"))
     with pytest.raises(CheckpointError, match="missing"):
-        learn([_example(1)], options=other, folder=tmp_path / "other", start_from=first)
+        learn([two_balls(1)], options=other, folder=tmp_path / "other", start_from=first)
 
 
 def test_examples_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
-    empty = Example(_example().volume, np.zeros((0, 3)))
+    empty = Example(two_balls().volume, np.zeros((0, 3)))
     with pytest.raises(SourceError, match="without a particle"):
         learn([empty], options=OPTIONS, folder=tmp_path)
-    broken = Example(_Memory(np.full((40, 40, 80), np.nan, np.float32)), np.array([[20.0, 20, 20]]))
+    broken = Example(
+        MemoryVolume(np.full((40, 40, 80), np.nan, np.float32), (-1.0, 0.0, 1.0)), np.array([[20.0, 20, 20]])
+    )
     with pytest.raises(CheckpointError, match="loss of nan at step 0"):
         learn([broken], options=OPTIONS, folder=tmp_path)
 
@@ -279,7 +261,7 @@ def test_bfloat16_follows_float32(tmp_path: Path) -> None:
     for precision in precisions:
         options = replace(OPTIONS, steps=3, precision=precision)
         kept: list[Step] = []
-        learn([_example()], options=options, folder=tmp_path / precision, listeners=[OnStep(kept.append)])
+        learn([two_balls()], options=options, folder=tmp_path / precision, listeners=[OnStep(kept.append)])
         losses[precision] = [step.loss for step in kept]
     assert losses["bfloat16"] != losses["float32"]
     np.testing.assert_allclose(losses["bfloat16"], losses["float32"], rtol=0.05)

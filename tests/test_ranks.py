@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -10,6 +9,7 @@ import numpy.typing as npt
 import pytest
 import torch
 
+from tests.volumes import two_balls
 from tomocpt_stream.blocks import Window
 from tomocpt_stream.crops import Example, Sampling
 from tomocpt_stream.epochs import Epochs
@@ -17,7 +17,6 @@ from tomocpt_stream.errors import PlanError, SourceError
 from tomocpt_stream.loop import OnStep, Step, learn
 from tomocpt_stream.network import build_network, named_architecture
 from tomocpt_stream.ranks import Alone, Ranks, check_devices, start
-from tomocpt_stream.targets import paint_box
 from tomocpt_stream.train_options import TrainOptions
 
 if TYPE_CHECKING:
@@ -27,28 +26,6 @@ if TYPE_CHECKING:
 
 WINDOW = Window((32, 32, 64), (4, 4, 8))
 SAMPLING = Sampling(window=WINDOW, radius=6.0)
-
-
-@dataclass(frozen=True, eq=False)
-class _Memory:
-    array: npt.NDArray[np.float32]
-    percentiles: tuple[float, float, float] = (-1.0, 0.0, 1.0)
-    broken: bool = False
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        z, y, x = self.array.shape
-        return (z, y, x)
-
-
-def _example(seed: int = 0) -> Example:
-    """Dark balls in weak noise."""
-    rng = np.random.default_rng(seed)
-    shape = (40, 48, 80)
-    centres = np.array([[12.0, 12.0, 14.0], [26.0, 33.0, 30.0]]) + rng.uniform(-2, 2, (2, 3))
-    box = (slice(0, shape[0]), slice(0, shape[1]), slice(0, shape[2]))
-    balls = paint_box(centres, box, radius=6.0, label="binary")
-    return Example(_Memory(0.3 * rng.standard_normal(shape, dtype=np.float32) - 2 * balls), centres)
 
 
 class _Lost:
@@ -81,7 +58,7 @@ def _weights(picker: Picker) -> torch.Tensor:
 
 @pytest.mark.slow
 def test_two_devices_learn_what_one_learns(tmp_path: Path) -> None:
-    examples, held = Epochs([_example(0)], SAMPLING), Epochs([_example(1)], SAMPLING)
+    examples, held = Epochs([two_balls(0)], SAMPLING), Epochs([two_balls(1)], SAMPLING)
     options = TrainOptions(
         architecture=named_architecture("small") | {"depths": [1, 1, 1, 1]},
         steps=4,

@@ -46,7 +46,7 @@ def _table() -> None:
     Path("mine.csv").write_text("tomogram,picks,diameter\nTS_1.mrc,TS_1.star,100\nTS_2.mrc,TS_2.star,100\n")
 
 
-OUT = "--folder work --output mine.safetensors"
+OUT = "--folder lessons --output mine.safetensors"
 
 
 def test_train_follows_the_recipe(seen: dict[str, Any]) -> None:
@@ -54,7 +54,7 @@ def test_train_follows_the_recipe(seen: dict[str, Any]) -> None:
     recipe = seen["recipe"]
     assert (recipe.tomograms, recipe.validation, recipe.seed) == (5, 2, 3)
     assert recipe.options == curriculum.base_options(steps=7, seed=3)
-    assert (seen["first"], seen["workers"], seen["devices"]) == ((Path("work"),), 1, 1)
+    assert (seen["first"], seen["workers"], seen["devices"]) == ((Path("lessons"),), 1, 1)
     assert Path("mine.safetensors").read_text() == "weights"
 
 
@@ -153,13 +153,13 @@ def test_options_that_would_decide_nothing_are_refused(
 def test_outputs_of_another_kind_or_in_the_way_are_refused(seen: dict[str, Any]) -> None:
     _table()
     for words in ("train --table mine.csv", "train", "finetune mine.csv"):
-        shown = _run(f"{words} --folder work --output mine.pt", code=1).stderr
+        shown = _run(f"{words} --folder lessons --output mine.pt", code=1).stderr
         assert "ends in .safetensors" in shown
-        shown = _run(f"{words} --folder work --output ./work/run/best.safetensors", code=1).stderr
+        shown = _run(f"{words} --folder lessons --output ./lessons/run/best.safetensors", code=1).stderr
         assert "among the checkpoints" in shown
-        shown = _run(f"{words} --folder work --output mine.csv/a/new.safetensors", code=1).stderr
+        shown = _run(f"{words} --folder lessons --output mine.csv/a/new.safetensors", code=1).stderr
         assert "where nothing can be written" in shown
     Path("own.safetensors").touch()
-    words = "finetune mine.csv --folder work --output own.safetensors --picker own.safetensors"
+    words = "finetune mine.csv --folder lessons --output own.safetensors --picker own.safetensors"
     assert "own.safetensors" in _run(words, code=1).stderr
     assert not seen

@@ -15,7 +15,7 @@ import click
 from tomocpt_stream.convert_command import convert
 from tomocpt_stream.errors import ActionableError
 from tomocpt_stream.evaluate_command import evaluate_command
-from tomocpt_stream.options import LENGTH
+from tomocpt_stream.options import LENGTH, add_options
 from tomocpt_stream.portal_commands import portal
 from tomocpt_stream.request import (
     PickRequest,
@@ -88,9 +88,7 @@ def source_options(command: Callable[..., Any]) -> Callable[..., Any]:
             help="Axis of the file that the electron beam runs along; y for an IMOD volume not yet turned.",
         ),
     ]
-    for option in reversed(options):
-        command = option(command)
-    return command
+    return add_options(options)(command)
 
 
 def plan_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -118,9 +116,7 @@ def plan_options(command: Callable[..., Any]) -> Callable[..., Any]:
             "--device", default="auto", metavar="DEVICE", help="Where the network runs: auto, cpu, cuda."
         ),
     ]
-    for option in reversed(options):
-        command = option(command)
-    return command
+    return add_options(options)(command)
 
 
 def workers_option(command: Callable[..., Any]) -> Callable[..., Any]:

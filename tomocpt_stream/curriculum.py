@@ -29,6 +29,7 @@ from tomocpt_stream.runs import claim
 from tomocpt_stream.shapes import BLOB, SHAPES_TRAIN
 from tomocpt_stream.train_options import TrainOptions
 from tomocpt_stream.volume import ingest, open_volume
+from tomocpt_stream.whole import write_whole
 
 if TYPE_CHECKING:
     import os
@@ -260,9 +261,7 @@ def _simulate(folder: Path, seed: int, maps: tuple[str, ...] = ()) -> None:
     kept = asdict(options) | {"particles": [Path(kind).name for kind in options.particles]}
     truth = {"zyx": phantom.picks().zyx.tolist(), "options": kept, "voxel_size": target}
     truth["maps"] = [Path(one).name for one in maps]
-    temporary = folder / f".{seed}.json.part"
-    temporary.write_text(json.dumps(truth))
-    temporary.replace(folder / f"{seed}.json")
+    write_whole(folder / f"{seed}.json", json.dumps(truth))
 
 
 def _thinned(options: PhantomOptions) -> PhantomOptions:

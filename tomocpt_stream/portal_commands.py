@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tomocpt_stream.formats import FORMATS
-from tomocpt_stream.options import LENGTH
+from tomocpt_stream.options import LENGTH, Command, add_options, kept_answers_options
 from tomocpt_stream.request import (
     PickRequest,
     contrast_option,
@@ -49,7 +49,7 @@ def portal() -> None:
 
 def selection_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options that say which tomograms are meant."""
-    options = [
+    options: list[Callable[[Command], Command]] = [
         click.option("--deposition", multiple=True, metavar="ID", help="Deposition, such as CZCDP-10310."),
         click.option("--dataset", multiple=True, metavar="ID", help="Dataset, such as DS-10440."),
         click.option(
@@ -88,16 +88,9 @@ def selection_options(command: Callable[..., Any]) -> Callable[..., Any]:
             metavar="FILE",
             help="Take the tomograms that an earlier `portal list --manifest FILE` selected.",
         ),
-        click.option(
-            "--refresh", is_flag=True, help="Ask the portal again, whatever was kept of its answers."
-        ),
-        click.option(
-            "--offline", is_flag=True, help="Use what was kept of the portal's answers, and no other."
-        ),
+        kept_answers_options,
     ]
-    for option in reversed(options):
-        command = option(command)
-    return command
+    return add_options(options)(command)
 
 
 def chosen(settings: dict[str, Any], near: float | None = None) -> tuple[Selection, PortalAPI]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tomocpt_stream.errors import PortalError
+from tomocpt_stream.options import Command, add_options, kept_answers_options
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 def portal_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options that say what of the portal is learnt from; `portal_examples` takes them out again."""
-    options = [
+    options: list[Callable[[Command], Command]] = [
         click.option(
             "--portal",
             multiple=True,
@@ -34,16 +35,9 @@ def portal_options(command: Callable[..., Any]) -> Callable[..., Any]:
             help="Picks for each --portal that names no object, in any format that convert reads, "
             "repeatable; its tomograms are called as the runs are.",
         ),
-        click.option(
-            "--refresh", is_flag=True, help="Ask the portal again, whatever was kept of its answers."
-        ),
-        click.option(
-            "--offline", is_flag=True, help="Use what was kept of the portal's answers, and no other."
-        ),
+        kept_answers_options,
     ]
-    for option in reversed(options):
-        command = option(command)
-    return command
+    return add_options(options)(command)
 
 
 def portal_examples(

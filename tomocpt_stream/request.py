@@ -16,7 +16,7 @@ import click
 
 from tomocpt_stream.errors import PlanError
 from tomocpt_stream.formats import FORMATS
-from tomocpt_stream.options import LENGTH, one_or_all, tomograms_option
+from tomocpt_stream.options import LENGTH, add_options, one_or_all, tomograms_option
 from tomocpt_stream.terminal import (
     cluster_line,
     contrast_line,
@@ -101,9 +101,7 @@ def format_options(command: Callable[..., Any]) -> Callable[..., Any]:
             help="Finds the tilt series in a tomogram's name: {} is the series, * anything.",
         ),
     ]
-    for option in reversed(options):
-        command = option(command)
-    return command
+    return add_options(options)(command)
 
 
 def _pairs(ctx: click.Context, option: click.Parameter, value: tuple[str, ...]) -> dict[str, str]:

@@ -12,6 +12,7 @@ import click
 from click.core import ParameterSource
 
 from tomocpt_stream.errors import PlanError
+from tomocpt_stream.options import LENGTH, NOT_NEGATIVE, add_options
 from tomocpt_stream.portal_option import portal_examples, portal_options
 from tomocpt_stream.terminal import count, show_progress
 
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
     from tomocpt_stream.picker import Picker
     from tomocpt_stream.progress import Progress
 
-_POSITIVE = click.FloatRange(min=0, min_open=True)
-_NOT_NEGATIVE = click.FloatRange(min=0)
 _FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 _TABLE = click.Path(exists=True, dir_okay=False, path_type=Path)
 # What is asked of simulated tomograms and what of a table; neither has a meaning for the other.
@@ -60,9 +59,7 @@ def _run_options(command: Callable[..., Any]) -> Callable[..., Any]:
             help="GPUs that share the crops of a step; takes the package lightning if more than 1.",
         ),
     ]
-    for option in reversed(options):
-        command = option(command)
-    return command
+    return add_options(options)(command)
 
 
 def _table_options(
@@ -74,7 +71,7 @@ def _table_options(
             "--epochs", type=click.IntRange(min=1), default=epochs, help="Times that every particle is seen."
         ),
         click.option(
-            "--learning-rate", type=_POSITIVE, default=learning_rate, help="Highest rate of the optimiser."
+            "--learning-rate", type=LENGTH, default=learning_rate, help="Highest rate of the optimiser."
         ),
         click.option(
             "--schedule",
@@ -89,7 +86,7 @@ def _table_options(
             default=stop_after,
             help="End when the validation loss has not fallen for so many epochs; 0: never.",
         ),
-        click.option("--weight-decay", type=_NOT_NEGATIVE, default=1e-10, help="Of AdamW."),
+        click.option("--weight-decay", type=NOT_NEGATIVE, default=1e-10, help="Of AdamW."),
         click.option("--batch-size", type=click.IntRange(min=1), default=batch_size, help="Crops a step."),
         click.option(
             "--average",
@@ -127,12 +124,7 @@ def _table_options(
         ),
     ]
 
-    def add(command: Callable[..., Any]) -> Callable[..., Any]:
-        for option in reversed(options):
-            command = option(command)
-        return command
-
-    return add
+    return add_options(options)
 
 
 @click.command("finetune", short_help="Train a picker on, with your own tomograms.")
@@ -187,7 +179,7 @@ def finetune_command(table: Path | None, output: Path, augment: str, **settings:
 @click.option(
     "--label", type=click.Choice(["gaussian", "binary"]), default="gaussian", help="What is learnt."
 )
-@click.option("--particle-radius", type=_POSITIVE, default=10.0, help="Radius in working voxels.")
+@click.option("--particle-radius", type=LENGTH, default=10.0, help="Radius in working voxels.")
 @_table_options(epochs=150, learning_rate=4e-4, batch_size=10, schedule="plateau", stop_after=36)
 @click.option(
     "--steps", type=click.IntRange(min=1), default=3000, help="Without --table: steps of the optimiser."
