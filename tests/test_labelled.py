@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 WINDOW = Window((32, 32, 32), (4, 4, 4))
 CENTRES = np.array([[12.3, 20.0, 31.6], [30.0, 59.0, 3.2]])
+ROW_3: dict[str, Any] = {"diameter": 80.0, "origin": "row 3"}
 
 
 @pytest.fixture(scope="module")
@@ -190,6 +191,41 @@ def test_particles_that_do_not_reach_into_the_tomogram_are_left_out(
     assert "TS_1: 2 of 5 particles lie outside" in caplog.text
 
 
+@pytest.mark.parametrize("name", ["p.csv", "p.mod", "p.star"])
+def test_a_file_that_counts_other_voxels_is_refused(tmp_path: Path, picker: Picker, name: str) -> None:
+    """Picks of a coarser tomogram lie inside the finer one, all in one of its corners."""
+    path, tomogram = tmp_path / name, _write(tmp_path)
+    write_picks(_picks(CENTRES / 2, voxel_size=10.0, tomogram="TS_1", shape=(20, 32, 36)), path)
+    with pytest.raises((SourceError, FormatError), match=r"row 3: .* 10 Å .* 5 Å"):
+        open_labelled([LabelledTomogram(tomogram, path, **ROW_3)], picker)
+
+
+def test_a_size_that_somebody_rounded_is_the_same(tmp_path: Path, picker: Picker) -> None:
+    write_picks(_picks(voxel_size=5.04, tomogram="TS_1", shape=(40, 64, 72)), tmp_path / "p.csv")
+    (one,) = open_labelled([LabelledTomogram(_write(tmp_path), tmp_path / "p.csv", 80.0)], picker)
+    np.testing.assert_allclose(one.picks.zyx, CENTRES, atol=1e-4)
+
+
+def test_a_file_in_angstrom_fits_a_tomogram_of_any_voxel_size(tmp_path: Path, picker: Picker) -> None:
+    coarse = _picks(CENTRES / 2, voxel_size=10.0, tomogram="TS_1", shape=(20, 32, 36))
+    write_picks(coarse, tmp_path / "p.json", format="copick")
+    (one,) = open_labelled([LabelledTomogram(_write(tmp_path), tmp_path / "p.json", 80.0)], picker)
+    np.testing.assert_allclose(one.picks.zyx, CENTRES, atol=1e-4)
+
+
+def test_a_table_says_the_voxel_size_that_a_header_does_not(tmp_path: Path, picker: Picker) -> None:
+    write_mrc(tmp_path / "TS_1.mrc", _balls(CENTRES), 0.0)
+    write_picks(_picks(voxel_size=1.0, tomogram="TS_1", shape=(40, 64, 72)), tmp_path / "p.csv")
+    table = tmp_path / "table.csv"
+    table.write_text("tomogram,picks,diameter,voxel_size\nTS_1.mrc,p.csv,80,\n")
+    with pytest.raises(SourceError, match=r"row 2 of .*states no voxel size"):
+        open_labelled(read_table(table), picker)
+    table.write_text("tomogram,picks,diameter,voxel_size\nTS_1.mrc,p.csv,80,5\n")
+    (one,) = open_labelled(read_table(table), picker)
+    assert (one.tomogram.voxel_size, one.grid.voxel_size) == (5.0, 10.0)
+    np.testing.assert_allclose(one.picks.zyx, CENTRES, atol=1e-4)
+
+
 def test_a_table_says_what_is_annotated_partial_and_of_other_kinds(tmp_path: Path, picker: Picker) -> None:
     _write(tmp_path)
     mask = np.zeros((20, 32, 36), np.int8)
@@ -268,6 +304,8 @@ def test_what_crops_follow_from_is_in_the_fingerprint(tmp_path: Path, picker: Pi
         ("weight", "nan", "row 2 of .*a weight of nan"),
         ("weight", "1e9", "row 2 of .*a weight of 1000000000.0"),
         ("weight", "much", "row 2 of .*could not convert"),
+        ("voxel_size", "10 Å", "row 2 of .*could not convert"),
+        ("voxel_size", "0", "row 2 of .*a voxel size of 0.0"),
         ("others", "*", r"row 2 of .*others '\*' without a file of several kinds"),
     ],
 )
@@ -276,9 +314,6 @@ def test_a_bad_cell_of_these_is_named(tmp_path: Path, columns: str, cells: str, 
     table.write_text(f"tomogram,picks,diameter,{columns}\nTS_1.mrc,p.star,80,{cells}\n")
     with pytest.raises(FormatError, match=message):
         read_table(table)
-
-
-ROW_3: dict[str, Any] = {"diameter": 80.0, "origin": "row 3"}
 
 
 @pytest.mark.parametrize(

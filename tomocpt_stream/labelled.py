@@ -37,7 +37,8 @@ if TYPE_CHECKING:
     from tomocpt_stream.picker import Picker
 
 _NEEDED = ("tomogram", "picks", "diameter")
-_COLUMNS = (*_NEEDED, "contrast", "particle", "group", "annotated", "partial", "others", "weight")
+_OPTIONAL = ("contrast", "particle", "group", "annotated", "partial", "others", "weight", "voxel_size")
+_COLUMNS = (*_NEEDED, *_OPTIONAL)
 # A crop that is seen more often than this in an epoch is learnt by heart.
 _MOST_WEIGHT = 100.0
 _ANSWERS = {"": False, "no": False, "yes": True}
@@ -67,7 +68,8 @@ class LabelledTomogram:
 
     `others` are particles of other kinds, picks or a file, or "*" for the other kinds of the file `picks`:
     half of the crops without a particle are drawn where they lie. `weight` is how often crops of this
-    tomogram are seen in an epoch, 1 when not given.
+    tomogram are seen in an epoch, 1 when not given. `voxel_size` (Å) comes before what the header of a
+    tomogram that is not open yet states, and before what the file of picks says that it counts.
     """
 
     tomogram: Tomogram | str | Path
@@ -81,15 +83,17 @@ class LabelledTomogram:
     partial: bool = False
     others: Picks | str | Path | None = None
     weight: float = 1.0
+    voxel_size: float | None = None
 
     def __post_init__(self) -> None:
         """Refuse what no picker can be fed with."""
-        if not (math.isfinite(self.diameter) and self.diameter > 0):
-            raise SourceError(
-                f"{self}: a diameter of {self.diameter} Å",
-                expected="a positive number",
-                remedy="give the longest axis of the particle in Å",
-            )
+        for what, length in (("diameter", self.diameter), ("voxel size", self.voxel_size)):
+            if length is not None and not (math.isfinite(length) and length > 0):
+                raise SourceError(
+                    f"{self}: a {what} of {length} Å",
+                    expected="a positive number",
+                    remedy="give the longest axis of the particle, or the edge of a voxel, in Å",
+                )
         if self.contrast not in ("dark", "bright"):
             raise SourceError(
                 f"{self}: contrast {self.contrast!r}",
@@ -118,9 +122,9 @@ def read_table(path: str | os.PathLike[str]) -> list[LabelledTomogram]:
     """Return the labelled tomograms of a comma-separated table, whose first line names its columns.
 
     Columns: tomogram, picks, diameter (Å), and where wanted contrast, particle, group, annotated, partial
-    (yes or no), others and weight, in any order. A box of `annotated` has its sides parted by spaces, or by
-    commas in quotes. Paths are relative to the folder of the table; addresses stay as they are. No file of
-    it is opened.
+    (yes or no), others, weight and voxel_size (Å), in any order. A box of `annotated` has its sides parted
+    by spaces, or by commas in quotes. Paths are relative to the folder of the table; addresses stay as they
+    are. No file of it is opened.
 
     Raises FormatError, which names the row (the line of the file), where a row cannot be used.
     """
@@ -140,8 +144,7 @@ def read_table(path: str | os.PathLike[str]) -> list[LabelledTomogram]:
     if len(rows) < 2 or len(set(head)) < len(head) or not set(_NEEDED) <= set(head) <= set(_COLUMNS):
         raise FormatError(
             f"{path} with {max(0, len(rows) - 1)} rows and the first line {','.join(head)[:120]!r}",
-            expected=f"rows below the columns {', '.join(_NEEDED)} and, where wanted, "
-            f"{', '.join(_COLUMNS[len(_NEEDED) :])}",
+            expected=f"rows below the columns {', '.join(_NEEDED)} and, where wanted, {', '.join(_OPTIONAL)}",
             remedy="name the columns in the first line",
         )
     return [_row(path, line, head, row) for line, row in rows[1:]]
@@ -247,9 +250,10 @@ def _row(path: Path, line: int, head: list[str], row: list[str]) -> LabelledTomo
         )
     try:
         diameter, weight = (float(cells.get(name, 1)) for name in ("diameter", "weight"))
+        voxel_size = float(cells["voxel_size"]) if "voxel_size" in cells else None
     except ValueError as error:
         raise FormatError(
-            f"{origin}: {error}", expected="a diameter in Å, a weight", remedy="write plain numbers"
+            f"{origin}: {error}", expected="lengths in Å, a weight", remedy="write plain numbers"
         ) from error
     partial = cells.get("partial", "").lower()
     if partial not in _ANSWERS:
@@ -273,6 +277,7 @@ def _row(path: Path, line: int, head: list[str], row: list[str]) -> LabelledTomo
             partial=_ANSWERS[partial],
             others=places.get("others"),
             weight=weight,
+            voxel_size=voxel_size,
         )
     except SourceError as error:
         raise FormatError(error.found, expected=error.expected, remedy=error.remedy) from error
@@ -286,7 +291,9 @@ def _is_place(name: str, cell: str) -> bool:
 
 
 def _open(item: LabelledTomogram, picker: Picker) -> Opened:
-    whole = item.tomogram if isinstance(item.tomogram, Tomogram) else open_tomogram(item.tomogram)
+    whole = item.tomogram
+    if not isinstance(whole, Tomogram):
+        whole = open_tomogram(whole, voxel_size=item.voxel_size)
     voxel, extent = whole.frame.file_voxel_size, max(whole.frame.file_shape)
     if not 2 <= item.diameter / voxel <= extent:
         raise SourceError(
@@ -362,24 +369,20 @@ def _others(item: LabelledTomogram, tomogram: Tomogram, picks: Picks) -> Points:
     if item.others is None:
         return _nowhere()
     if isinstance(item.others, Picks):
-        zyx = _same_voxels(item.others, tomogram).zyx
-    else:
-        every = item.others == OTHER_KINDS
-        path = item.picks if every and not isinstance(item.picks, Picks) else item.others
-        tables, names = _tables(path, tomogram)
-        zyx = np.concatenate(
-            [_nowhere(), *(one.zyx for one in tables if not every or one.particle != item.particle)]
+        return _apart(_same_voxels(item.others, tomogram).zyx, picks, item.diameter, tomogram)
+    every = item.others == OTHER_KINDS
+    path = item.picks if every and not isinstance(item.picks, Picks) else item.others
+    tables, names = _tables(item, path, tomogram)
+    chosen = [one.zyx for one in tables if not every or one.particle != item.particle]
+    zyx = _apart(np.concatenate([_nowhere(), *chosen]), picks, item.diameter, tomogram)
+    if not len(zyx):
+        raise FormatError(
+            f"no other particles of {tomogram.name!r} in {path}; its tomograms are {_some(names)}; "
+            f"kinds {_some(sorted({table.particle for table in tables}))}",
+            expected="particles that are not of this kind, of this tomogram by its name",
+            remedy="leave others out, or correct the names",
         )
-        zyx = _apart(zyx, picks, item.diameter, tomogram)
-        if not len(zyx):
-            kinds = sorted({table.particle for table in tables})
-            raise FormatError(
-                f"no other particles of {tomogram.name!r} in {path}; "
-                f"its tomograms are {_some(names)}; kinds {_some(kinds)}",
-                expected="particles that are not of this kind, of this tomogram by its name",
-                remedy="leave others out, or correct the names",
-            )
-    return _apart(zyx, picks, item.diameter, tomogram)
+    return zyx
 
 
 def _apart(zyx: Points, picks: Picks, diameter: float, tomogram: Tomogram) -> Points:
@@ -394,24 +397,42 @@ def _apart(zyx: Points, picks: Picks, diameter: float, tomogram: Tomogram) -> Po
 def _same_voxels(picks: Picks, tomogram: Tomogram) -> Picks:
     """Return picks that are in voxels of the tomogram, or refuse them."""
     size, voxel_size = picks.voxel_size, tomogram.frame.file_voxel_size
-    if size is not None and not math.isclose(size, voxel_size, rel_tol=1e-3):
+    if size is not None and not math.isclose(size, voxel_size, rel_tol=0.01):  # 10 Å for 10.012
         raise SourceError(
             f"picks in voxels of {size:g} Å of a tomogram with voxels of {voxel_size:g} Å",
-            expected="picks in the voxels of the tomogram",
-            remedy="read them with the tomogram's voxel_size",
+            expected="picks in the voxels of the tomogram, or a file of picks in Å",
+            remedy="give them in one of these, or say the tomogram's voxel_size if they count its voxels",
         )
     return picks
 
 
 def _tables(
-    path: str | Path, tomogram: Tomogram, particle: str | None = None
+    item: LabelledTomogram, path: str | Path, tomogram: Tomogram, particle: str | None = None
 ) -> tuple[list[Picks], list[str]]:
     """Return the tables of a file that are of a tomogram, one a kind, and the names of all its tomograms."""
     frame = tomogram.frame
     tables = read_kinds(path, voxel_size=frame.file_voxel_size, shape=frame.file_shape, particle=particle)
     # A file of one tomogram belongs to it whatever it is called there: the row says so.
     names = sorted({table.tomogram for table in tables})
-    return [table for table in tables if len(names) == 1 or table.tomogram == tomogram.name], names
+    tables = [table for table in tables if len(names) == 1 or table.tomogram == tomogram.name]
+    if item.voxel_size is None:
+        _refuse_other_voxels(tables, path, tomogram, particle)
+    return tables, names
+
+
+def _refuse_other_voxels(
+    tables: list[Picks], path: str | Path, tomogram: Tomogram, particle: str | None
+) -> None:
+    """Refuse a file that says that it counts voxels of another size; what it has in Å fits any tomogram."""
+    try:
+        alone = read_kinds(path, particle=particle)
+    except FormatError:  # it does not say all that is needed, and takes the tomogram's word
+        return
+    said = {(one.tomogram, one.particle): one for one in alone}
+    for table in tables:
+        own = said.get((table.tomogram, table.particle))
+        if own is not None and len(own) and np.array_equal(own.zyx, table.zyx):
+            _same_voxels(own, tomogram)
 
 
 def _truth(item: LabelledTomogram, tomogram: Tomogram) -> Picks:
@@ -419,7 +440,7 @@ def _truth(item: LabelledTomogram, tomogram: Tomogram) -> Picks:
     if isinstance(item.picks, Picks):
         return _same_voxels(item.picks, tomogram)
     wanted = item.particle or None
-    found, names = _tables(item.picks, tomogram, wanted)
+    found, names = _tables(item, item.picks, tomogram, wanted)
     if wanted is not None:
         found = [table for table in found if table.particle in (wanted, "")]
     if len(found) != 1:

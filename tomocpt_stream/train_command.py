@@ -140,9 +140,9 @@ def finetune_command(table: Path | None, output: Path, augment: str, **settings:
     where wanted contrast (dark or bright), particle (one kind of a file that has several), group
     (tomograms that validation must not part), annotated (a mask, or a box such as 0:200 0:512 0:300 in
     voxels z y x: nothing is learnt outside), partial (yes: see --partial), others (picks of other kinds,
-    * for those of the same file: to be told apart) and weight (1: how often it is seen). Paths are
-    relative to the table. Every particle of the kind should be in the picks: what is not there is learnt
-    as background.
+    * for those of the same file: to be told apart), weight (1: how often it is seen) and voxel_size (Å,
+    where the header is wrong). Paths are relative to the table. Every particle of the kind should be in
+    the picks: what is not there is learnt as background.
     """
     from tomocpt_stream.training import fine_tune
 
