@@ -69,6 +69,11 @@ def test_a_folder_belongs_to_one_run(tmp_path: Path) -> None:
     claim(tmp_path / "a", {"epochs": 2, "examples": ["x"]})
     with pytest.raises(CheckpointError, match="differs in epochs"):
         claim(tmp_path / "a", {"epochs": 3, "examples": ["x"]})
+    options = {"seed": 0, "sampling": {"radius": 10.0, "label": "binary"}}
+    claim(tmp_path / "b", {"epochs": 2, "options": options})
+    other = options | {"batch_size": 4, "sampling": {"radius": 8.0, "label": "binary"}}
+    with pytest.raises(CheckpointError, match="differs in radius, batch_size;"):
+        claim(tmp_path / "b", {"epochs": 2, "options": other})
     for text in ("{", "[]"):
         (tmp_path / "a" / "run.json").write_text(text)
         with pytest.raises(CheckpointError, match="choose another folder"):

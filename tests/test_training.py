@@ -277,7 +277,7 @@ def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
         _tune(tmp_path, progress=_interrupt)
     with pytest.raises(CheckpointError, match="differs in examples"):
         _tune(tmp_path, [_phantom(5)])
-    with pytest.raises(CheckpointError, match="differs in epochs, options"):
+    with pytest.raises(CheckpointError, match="differs in epochs, steps;"):
         _tune(tmp_path, epochs=3)
 
 

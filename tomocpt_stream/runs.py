@@ -145,9 +145,18 @@ def claim(folder: Path, record: Mapping[str, Any]) -> None:
         there = {}
     there = there if isinstance(there, dict) else {}
     if there != wanted:
-        differing = [key for key in wanted | there if there.get(key) != wanted.get(key)]
         raise CheckpointError(
-            f"{folder} holds a run that differs in {', '.join(differing)}",
+            f"{folder} holds a run that differs in {', '.join(_differing(there, wanted))}",
             expected="an empty folder, or one of a run on the same examples with the same options",
             remedy="choose another folder",
         )
+
+
+def _differing(there: Mapping[str, Any], wanted: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what differs between two accounts, the options one by one."""
+    for key in (*wanted, *(key for key in there if key not in wanted)):
+        one, other = there.get(key), wanted.get(key)
+        if isinstance(one, dict) and isinstance(other, dict):
+            yield from _differing(one, other)
+        elif one != other:
+            yield key
