@@ -119,6 +119,11 @@ def test_validation_crops_are_always_the_same() -> None:
         assert all(torch.equal(draw(k).voxels, again(k).voxels) for k in range(count))
     assert held_crops(epochs, replace(OPTIONS, validation_crops=10**6))[1] == len(epochs)
     assert held_crops((), OPTIONS)[1] == 0
+    wider = replace(OPTIONS, sampling=replace(SAMPLING, widths=(0.99, 0.495)))
+    one, other = (held_crops([_example()], asked)[0](0).label for asked in (OPTIONS, wider))
+    assert one.max() > 0
+    assert (other >= one).all()
+    assert not torch.equal(one, other)
 
 
 def test_a_network_on_the_cpu_has_one_thread_of_crops_beside_it() -> None:

@@ -26,7 +26,7 @@ from tomocpt_stream.phantom import write_mrc
 from tomocpt_stream.picker import Picker, load_picker, picker_metadata
 from tomocpt_stream.picks import Picks
 from tomocpt_stream.pipeline import pick
-from tomocpt_stream.targets import paint_box
+from tomocpt_stream.targets import WIDTHS, paint_box
 from tomocpt_stream.tomogram import Tomogram, open_tomogram
 from tomocpt_stream.training import fine_tune, train
 
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from tomocpt_stream.crops import Example
     from tomocpt_stream.epochs import Epochs
     from tomocpt_stream.loop import Step
+    from tomocpt_stream.train_options import TrainOptions
 
 SHAPE = (24, 128, 44)
 STILL = Augmentation()
@@ -224,6 +225,28 @@ def test_a_parent_says_what_was_not_labelled(
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path)
     assert scorers == [parent if tuning else None]
+
+
+def test_a_parent_is_taught_the_label_that_it_was_taught(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one of an imported picker is wider than ours; a run with ours is what it was before."""
+    asked: list[TrainOptions] = []
+
+    def learn(learnt: Epochs, *, options: TrainOptions, **_: Any) -> Picker:
+        asked.append(options)
+        return _parent()
+
+    monkeypatch.setattr(training, "learn", learn)
+    ours = _parent()
+    theirs = Picker(
+        build_network(ours.metadata["architecture"]),
+        ours.metadata | {"label": {"kind": "gaussian", "widths": [0.99, 0.495]}},
+    )
+    for name, parent in (("theirs", theirs), ("ours", ours)):
+        _tune(tmp_path / name, picker=parent, calibrate=False)
+    assert [one.sampling.widths for one in asked] == [(0.99, 0.495), WIDTHS]
+    assert [one.to_json()["sampling"].get("widths") for one in asked] == [[0.99, 0.495], None]
 
 
 def test_without_validation_no_look_decides(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

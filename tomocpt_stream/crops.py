@@ -14,7 +14,7 @@ from scipy.spatial import KDTree
 from tomocpt_stream.augmentation import Augmentation, Changes
 from tomocpt_stream.blocks import Window, reflect
 from tomocpt_stream.errors import SourceError
-from tomocpt_stream.targets import Label, paint_box, squared_distances
+from tomocpt_stream.targets import WIDTHS, Label, paint_box, squared_distances
 from tomocpt_stream.windows import normalise
 
 if TYPE_CHECKING:
@@ -106,6 +106,12 @@ class Sampling:
     hard: float = 0.5
     """Share of the crops without a particle that are drawn where particles of other kinds lie, if known."""
     augmentation: Augmentation = field(default_factory=Augmentation)
+    widths: tuple[float, float] = WIDTHS
+    """Of the label, f1 and f2 of equation 2."""
+
+    def paint(self, centres: Points, box: Box, *, zoom: float = 1.0) -> Float32:
+        """Return the label of a box, for particles that are larger by `zoom`."""
+        return paint_box(centres, box, radius=zoom * self.radius, label=self.label, widths=self.widths)
 
 
 class Crop(NamedTuple):
@@ -238,7 +244,7 @@ def check_examples(examples: Sequence[Example], what: str) -> None:
 
 def _crop(chosen: Example, start: Sequence[int], sampling: Sampling) -> Crop:
     axes, box = _reflected(chosen, start, sampling.window.shape)
-    label = paint_box(chosen.centres, box, radius=sampling.radius, label=sampling.label)
+    label = sampling.paint(chosen.centres, box)
     known = known_voxels(chosen, box, sampling.radius)
     inner = _within(axes, box)
     voxels = _normalised(chosen, axes, box)
@@ -269,9 +275,8 @@ def _posed(chosen: Example, start: Sequence[int], sampling: Sampling, pose: Pose
         others=pose.to_crop(chosen.others, source, middle),
     )
     whole: Box = (slice(0, shape[0]), slice(0, shape[1]), slice(0, shape[2]))
-    radius = pose.zoom * sampling.radius
-    label = paint_box(turned.centres, whole, radius=radius, label=sampling.label)
-    known = known_voxels(turned, whole, radius)
+    label = sampling.paint(turned.centres, whole, zoom=pose.zoom)
+    known = known_voxels(turned, whole, pose.zoom * sampling.radius)
     beyond = (low + _SPLINE < 0).any() or (high - _SPLINE > chosen.volume.shape).any()
     if beyond or chosen.annotated is not None:
         z, y, x = ((side.start, side.stop) for side in box)

@@ -144,7 +144,8 @@ def held_crops(
     if not validation:
         return _no_crop, 0
     check_examples(validation, "validation")
-    plain = Sampling(options.sampling.window, options.sampling.radius, options.sampling.label)
+    asked = options.sampling
+    plain = Sampling(asked.window, asked.radius, asked.label, widths=asked.widths)
     seed = 2**31 + options.seed
 
     def drawn(place: int) -> Crops:

@@ -27,7 +27,6 @@ from tomocpt_stream.network import build_network, place, start_quiet
 from tomocpt_stream.picker import Picker, load_picker, picker_metadata
 from tomocpt_stream.ranks import check_devices, start
 from tomocpt_stream.runs import BEST, LAST, Run, alone_in
-from tomocpt_stream.targets import WIDTHS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -218,7 +217,7 @@ def _run(task: _Task, device: torch.device) -> Run:
             options.architecture,
             window=options.sampling.window,
             particle_radius=options.sampling.radius,
-            label={"kind": options.sampling.label, "widths": list(WIDTHS)},
+            label={"kind": options.sampling.label, "widths": list(options.sampling.widths)},
         )
     else:
         start_from.copy_weights(network)

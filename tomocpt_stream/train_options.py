@@ -10,6 +10,7 @@ from typing import Any, Literal
 from tomocpt_stream.crops import Sampling
 from tomocpt_stream.errors import PlanError
 from tomocpt_stream.network import named_architecture
+from tomocpt_stream.targets import WIDTHS
 
 Precision = Literal["float32", "bfloat16"]
 Schedule = Literal["plateau", "cosine", "constant"]
@@ -81,6 +82,8 @@ class TrainOptions:
     def to_json(self) -> dict[str, Any]:
         """Return the options as plain data."""
         plain: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        if self.sampling.widths == WIDTHS:  # left out, so that earlier runs stay what they were
+            del plain["sampling"]["widths"]
         return plain
 
     def _require(self, name: str, expected: str, holds: bool) -> None:  # noqa: FBT001

@@ -147,6 +147,8 @@ def fine_tune(  # noqa: PLR0913  (a run is decided by what is asked here, and by
         A number that no run can have.
     """
     parent = picker if isinstance(picker, Picker) else load_picker(picker)
+    label = parent.metadata["label"]
+    first, second = label.get("widths", WIDTHS)
     options = TrainOptions(
         architecture=parent.metadata["architecture"],
         batch_size=batch_size,
@@ -161,8 +163,9 @@ def fine_tune(  # noqa: PLR0913  (a run is decided by what is asked here, and by
         sampling=Sampling(
             parent.window,
             parent.particle_radius,
-            parent.metadata["label"]["kind"],
+            label["kind"],
             augmentation=_changes(augmentation),
+            widths=(first, second),
         ),
         validation_crops=_VALIDATION_CROPS,
         steps=epochs,
@@ -282,7 +285,7 @@ def _untrained(options: TrainOptions) -> Picker:
         options.architecture,
         window=sampling.window,
         particle_radius=sampling.radius,
-        label={"kind": sampling.label, "widths": list(WIDTHS)},
+        label={"kind": sampling.label, "widths": list(sampling.widths)},
     )
     return Picker(network, metadata)
 
