@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from tomocpt_stream.portal_scope import Meaning, Scope
-    from tomocpt_stream.portal_selection import Flag, Prefer
+    from tomocpt_stream.portal_selection import Flag
 
 _WHERE = ("deposition", "dataset", "run", "tomogram")
 # What says which annotation is the truth, and so has no meaning beside a file of it.
@@ -137,10 +137,6 @@ class LabelQuery:
     def annotations(self) -> set[int]:
         """Return the numbers of the annotations that are asked for; none where any will do."""
         return {number for text in self.annotation if (number := number_of(text, "AN")) is not None}
-
-    def preferred(self) -> Prefer | None:
-        """Return the order of processings, None for the usual one."""
-        return self.prefer or None
 
     def __str__(self) -> str:
         said = [f"{name} {', '.join(getattr(self, name))}" for name in _WHERE if getattr(self, name)]
