@@ -125,6 +125,18 @@ def test_a_table_with_truth_in_any_format(tmp_path: Path, picker: Picker) -> Non
     assert opened[0].group not in ("", "day 2")
 
 
+def test_places_of_a_table_are_relative_to_it_or_say_where_they_are(tmp_path: Path) -> None:
+    """As a spreadsheet saves it: with a mark of the byte order, and lines that end in two characters."""
+    there = (tmp_path / "far away" / "TS_1.mrc").as_uri()
+    assert "far%20away" in there
+    text = f"\ufefftomogram,picks,diameter,annotated\r\n{there}, p q.star ,80,s3://bucket/mask.mrc\r\n"
+    (tmp_path / "table.csv").write_bytes(text.encode())
+    (one,) = read_table(tmp_path / "table.csv")
+    assert one.tomogram == str(tmp_path / "far away" / "TS_1.mrc")
+    assert one.picks == str(tmp_path / "p q.star")
+    assert one.annotated == "s3://bucket/mask.mrc"
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [

@@ -22,7 +22,7 @@ from tomocpt_stream.known import is_box, open_region
 from tomocpt_stream.picks import Picks
 from tomocpt_stream.pipeline import VOLUME, level_for, plan_pick, scratch_folder
 from tomocpt_stream.progress import Progress, silent
-from tomocpt_stream.receipts import config_hash
+from tomocpt_stream.receipts import config_hash, local_path
 from tomocpt_stream.remote import is_remote
 from tomocpt_stream.tomogram import Tomogram, open_tomogram
 from tomocpt_stream.volume import ingest
@@ -260,7 +260,7 @@ def _row(path: Path, line: int, head: list[str], row: list[str]) -> LabelledTomo
         raise FormatError(f"{origin}: partial {partial!r}", expected="yes or no", remedy="write yes or no")
 
     places = {
-        name: cells[name] if _is_place(name, cells[name]) else str(path.parent / cells[name])
+        name: cells[name] if _is_place(name, cells[name]) else str(path.parent / local_path(cells[name]))
         for name in ("tomogram", "picks", "annotated", "others")
         if name in cells
     }
