@@ -34,6 +34,7 @@ from paper_page import Pages
 from paper_scenes import OTHERS, PARTICLES, open_scene
 
 from tomocpt_stream import load_picker
+from tomocpt_stream.memory import freed_memory_kept
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -211,4 +212,5 @@ def _head(asked: argparse.Namespace, preset: Preset) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with freed_memory_kept():
+        sys.exit(main())

@@ -35,6 +35,7 @@ from sim10a_scores import pooled, zero_shot
 
 from tomocpt_stream import Picker, PickOptions, Picks, load_picker, pick
 from tomocpt_stream.errors import ActionableError
+from tomocpt_stream.memory import freed_memory_kept
 from tomocpt_stream.pipeline import plan_pick
 from tomocpt_stream.whole import write_whole
 
@@ -246,4 +247,5 @@ def _head(asked: argparse.Namespace, picker: Picker) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with freed_memory_kept():
+        sys.exit(main())

@@ -38,9 +38,12 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from tomocpt_stream.loop import Step
+    from tomocpt_stream.train_options import Precision
 
 FLOOR = 0.02
 """Score below which a network's candidates are not kept."""
+
+_PRECISION: Precision = "bfloat16"  # of lessons; half of the time of float32 on a CPU that has it
 
 _WIDTHS = (2.5, 3.5, 4.5, 5.5, 6.5)  # of the narrower Gaussian, working voxels; the particle's radius is 10
 _WIDER = 1.6
@@ -98,11 +101,12 @@ class Network:
             return shipped
         scenes = [bench.scene(spec) for spec in self.lessons]
         examples = [
-            LabelledTomogram(scene.tomogram, scene.truth, PARTICLES[spec.particle].diameter)
+            LabelledTomogram(scene.tomogram, scene.truth, PARTICLES[spec.particle].diameter, contrast="dark")
             for spec, scene in zip(self.lessons, scenes, strict=True)
         ]
         names = [spec.key for spec in self.lessons]
         asked = [shipped.fingerprint, self.start, names, self.epochs, self.rate, self.batch, self.label]
+        asked.append(_PRECISION)
         folder = bench.folder / "pickers" / digest(asked)
 
         def listen(step: Step) -> None:
@@ -123,6 +127,7 @@ class Network:
                 schedule="cosine",
                 stop_after=0,
                 batch_size=self.batch,
+                precision=_PRECISION,
                 on_step=listen,
             )
         return fine_tune(
@@ -132,6 +137,7 @@ class Network:
             epochs=self.epochs,
             learning_rate=self.rate,
             batch_size=self.batch,
+            precision=_PRECISION,
             on_step=listen,
         )
 
