@@ -9,7 +9,7 @@ from pathlib import Path
 import tomocpt_stream
 from tomocpt_stream import load_picker
 from tomocpt_stream.__main__ import main
-from tomocpt_stream.labelled import _COLUMNS
+from tomocpt_stream.training_table import _COLUMNS
 
 ROOT = Path(__file__).parents[1]
 GUIDE = (ROOT / "TRAINING.md").read_text()

@@ -136,7 +136,7 @@ def workers_option(command: Callable[..., Any]) -> Callable[..., Any]:
     "--diameter", type=LENGTH, required=True, metavar="Å", help="Longest axis of the particle in Å."
 )
 @contrast_option
-@click.option("--threshold", type=click.FloatRange(0, 1), default=0.3, help="Least score of a pick, 0 to 1.")
+@click.option("--threshold", type=click.FloatRange(0, 1), default=0.3, help="Picks score more, 0 to 1.")
 @click.option(
     "--min-distance",
     type=click.FloatRange(min=0),

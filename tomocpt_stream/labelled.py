@@ -1,13 +1,11 @@
-"""Tomograms with their truth, as users have them: a table of files becomes examples to learn from."""
+"""Tomograms with their truth, as users have them: files and picks become examples to learn from."""
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import logging
 import math
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,30 +16,25 @@ from tomocpt_stream.doubt import find_doubtful
 from tomocpt_stream.errors import ActionableError, FormatError, SourceError
 from tomocpt_stream.formats import read_kinds
 from tomocpt_stream.heatmap import PickOptions
-from tomocpt_stream.known import is_box, open_region
+from tomocpt_stream.known import open_region
 from tomocpt_stream.picks import Picks
 from tomocpt_stream.pipeline import VOLUME, level_for, plan_pick, scratch_folder
 from tomocpt_stream.progress import Progress, silent
-from tomocpt_stream.receipts import config_hash, local_path
-from tomocpt_stream.remote import is_remote
+from tomocpt_stream.receipts import config_hash
 from tomocpt_stream.tomogram import Tomogram, open_tomogram
 from tomocpt_stream.volume import ingest
 
 if TYPE_CHECKING:
-    import os
     from collections.abc import Iterable, Iterator
+    from pathlib import Path
 
     from tomocpt_stream.frame import Grid, Points, Rule
     from tomocpt_stream.heatmap import Contrast, Scorer
     from tomocpt_stream.known import Annotated, Region
     from tomocpt_stream.picker import Picker
 
-_NEEDED = ("tomogram", "picks", "diameter")
-_OPTIONAL = ("contrast", "particle", "group", "annotated", "partial", "others", "weight", "voxel_size")
-_COLUMNS = (*_NEEDED, *_OPTIONAL)
 # A crop that is seen more often than this in an epoch is learnt by heart.
 _MOST_WEIGHT = 100.0
-_ANSWERS = {"": False, "no": False, "yes": True}
 OTHER_KINDS = "*"
 
 _LOGGER = logging.getLogger(__name__)
@@ -116,38 +109,6 @@ class LabelledTomogram:
     def __str__(self) -> str:
         name = self.tomogram.name if isinstance(self.tomogram, Tomogram) else str(self.tomogram)
         return self.origin or name
-
-
-def read_table(path: str | os.PathLike[str]) -> list[LabelledTomogram]:
-    """Return the labelled tomograms of a comma-separated table, whose first line names its columns.
-
-    Columns: tomogram, picks, diameter (Å), and where wanted contrast, particle, group, annotated, partial
-    (yes or no), others, weight and voxel_size (Å), in any order. A box of `annotated` has its sides parted
-    by spaces, or by commas in quotes. Paths are relative to the folder of the table; addresses stay as they
-    are. No file of it is opened.
-
-    Raises FormatError, which names the row (the line of the file), where a row cannot be used.
-    """
-    path = Path(path)
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            lines = csv.reader(file, strict=True, skipinitialspace=True)
-            rows = [(lines.line_num, [cell.strip() for cell in row]) for row in lines]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise FormatError(
-            f"{path} cannot be read ({error})",
-            expected=f"a text table of columns {', '.join(_COLUMNS)}",
-            remedy="check the path and how the table was saved",
-        ) from error
-    rows = [(line, row) for line, row in rows if any(row)]
-    head = rows[0][1] if rows else []
-    if len(rows) < 2 or len(set(head)) < len(head) or not set(_NEEDED) <= set(head) <= set(_COLUMNS):
-        raise FormatError(
-            f"{path} with {max(0, len(rows) - 1)} rows and the first line {','.join(head)[:120]!r}",
-            expected=f"rows below the columns {', '.join(_NEEDED)} and, where wanted, {', '.join(_OPTIONAL)}",
-            remedy="name the columns in the first line",
-        )
-    return [_row(path, line, head, row) for line, row in rows[1:]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -236,58 +197,6 @@ def open_labelled(items: Iterable[LabelledTomogram], picker: Picker) -> list[Ope
         seen[place] = str(item)
         opened.append(one)
     return opened
-
-
-def _row(path: Path, line: int, head: list[str], row: list[str]) -> LabelledTomogram:
-    origin = f"row {line} of {path}"
-    cells = {name: cell for name, cell in zip(head, row, strict=False) if cell}
-    missing = [name for name in _NEEDED if name not in cells]
-    if missing or len(row) > len(head):
-        raise FormatError(
-            f"{origin} has {len(row)} cells" + (f", none in {', '.join(missing)}" if missing else ""),
-            expected=f"up to {len(head)}, with {', '.join(_NEEDED)}",
-            remedy="complete the row, and quote cells that have a comma",
-        )
-    try:
-        diameter, weight = (float(cells.get(name, 1)) for name in ("diameter", "weight"))
-        voxel_size = float(cells["voxel_size"]) if "voxel_size" in cells else None
-    except ValueError as error:
-        raise FormatError(
-            f"{origin}: {error}", expected="lengths in Å, a weight", remedy="write plain numbers"
-        ) from error
-    partial = cells.get("partial", "").lower()
-    if partial not in _ANSWERS:
-        raise FormatError(f"{origin}: partial {partial!r}", expected="yes or no", remedy="write yes or no")
-
-    places = {
-        name: cells[name] if _is_place(name, cells[name]) else str(path.parent / local_path(cells[name]))
-        for name in ("tomogram", "picks", "annotated", "others")
-        if name in cells
-    }
-    try:
-        return LabelledTomogram(
-            places["tomogram"],
-            places["picks"],
-            diameter,
-            cells.get("contrast", "dark"),
-            cells.get("particle", ""),
-            cells.get("group", ""),
-            origin,
-            annotated=places.get("annotated"),
-            partial=_ANSWERS[partial],
-            others=places.get("others"),
-            weight=weight,
-            voxel_size=voxel_size,
-        )
-    except SourceError as error:
-        raise FormatError(error.found, expected=error.expected, remedy=error.remedy) from error
-
-
-def _is_place(name: str, cell: str) -> bool:
-    """Return whether a cell says where something is by itself, and not as a path beside the table."""
-    return (
-        is_remote(cell) or (name == "annotated" and is_box(cell)) or (name, cell) == ("others", OTHER_KINDS)
-    )
 
 
 def _open(item: LabelledTomogram, picker: Picker) -> Opened:

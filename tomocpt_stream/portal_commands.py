@@ -217,7 +217,7 @@ def _say_left_out(selection: Selection, *, each: bool) -> None:
     help="One STAR a tomogram, with selection.json, citations.md and citations.bib.",
 )
 @contrast_option
-@click.option("--threshold", type=click.FloatRange(0, 1), default=0.3, help="Least score of a pick, 0 to 1.")
+@click.option("--threshold", type=click.FloatRange(0, 1), default=0.3, help="Picks score more, 0 to 1.")
 @click.option("--min-distance", type=click.FloatRange(min=0), metavar="Å", help="[default: 0.75 diameter]")
 @click.option("--margin", type=click.FloatRange(min=0), default=0.0, metavar="Å", help="Keep off the faces.")
 @click.option("--mask-object", metavar="OBJECT", help="Pick only where this was segmented, such as membrane.")

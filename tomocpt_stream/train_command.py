@@ -283,7 +283,7 @@ def _examples(
 ) -> list[LabelledTomogram]:
     """Return the tomograms of a table and of the portal; the output overwrites none of the files."""
     from tomocpt_stream.destinations import refuse_overwriting
-    from tomocpt_stream.labelled import read_table
+    from tomocpt_stream.training_table import read_table
 
     examples = [] if table is None else read_table(table)
     inputs = [str(path) for one in examples for path in (one.tomogram, one.picks)]
