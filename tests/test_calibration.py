@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from tomocpt_stream.frame import Box
 
-SHAPE = (40, 60, 250)
+SHAPE = (40, 60, 290)  # 42 windows: the last batch of them is not full
 BOX: Box = (slice(0, SHAPE[0]), slice(0, SHAPE[1]), slice(0, SHAPE[2]))
 
 

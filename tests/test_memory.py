@@ -62,6 +62,33 @@ def test_freed_memory_is_kept_while_asked_for() -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's heap")
+def test_what_is_kept_within_another_context_is_kept_until_that_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A benchmark keeps memory, and so does the loop that it calls."""
+    taken: list[int] = []
+
+    class _Noting:
+        def __init__(self, name: None) -> None:
+            pass
+
+        @staticmethod
+        def mallopt(name: int, size: int) -> int:
+            taken.append(size)
+            return 1
+
+        @staticmethod
+        def malloc_trim(pad: int) -> int:
+            return pad
+
+    monkeypatch.setattr("tomocpt_stream.memory.ctypes.CDLL", _Noting)
+    with freed_memory_kept():
+        with freed_memory_kept():
+            pass
+        assert 1 << 30 in taken
+        assert 1 << 25 not in taken
+    assert taken[-1] == 1 << 25
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's heap")
 def test_a_threshold_that_is_refused_is_the_highest_that_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     """Earlier glibc refuses to map only what is larger than 32 MB."""
     taken: dict[int, int] = {}

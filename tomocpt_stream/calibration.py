@@ -10,6 +10,7 @@ import numpy as np
 
 from tomocpt_stream.crops import Sampling, known_at, read_crop
 from tomocpt_stream.evaluation import match
+from tomocpt_stream.memory import freed_memory_kept
 from tomocpt_stream.peaks import find_peaks
 from tomocpt_stream.picks import Picks
 from tomocpt_stream.progress import Progress, silent
@@ -28,6 +29,7 @@ LEAST_PARTICLES = 10
 """With fewer to be found, one more or less would move the best threshold anywhere."""
 
 _USUAL = 0.3
+_BATCH = 4  # windows scored at once; a third faster than one at a time on a CPU
 _THRESHOLDS = np.round(np.arange(0.05, 0.985, 0.01), 2)
 
 
@@ -50,9 +52,10 @@ def calibrate(
     counts = np.zeros((len(_THRESHOLDS), 3), dtype=np.int64)
     particles = sum(int(_inside(item).sum()) for item in examples)
     if particles >= LEAST_PARTICLES:
-        for done, item in enumerate(examples):
-            counts += _counts(picker, item)
-            progress("calibrate", done + 1, len(examples))
+        with freed_memory_kept():
+            for done, item in enumerate(examples):
+                counts += _counts(picker, item)
+                progress("calibrate", done + 1, len(examples))
     record, shift = _best(counts), 0.0
     if particles < LEAST_PARTICLES:
         record = {"remark": f"{particles} validation particles, fewer than {LEAST_PARTICLES}"}
@@ -109,11 +112,14 @@ def _heatmap(picker: Picker, item: Example) -> npt.NDArray[np.float32]:
     window, shape = picker.window, item.volume.shape
     sampling = Sampling(window=window, radius=picker.particle_radius)
     scores = np.empty(shape, dtype=np.float32)
-    for index in np.ndindex(*window.lattice(shape)):
-        spans = [window.span(axis, k) for axis, k in enumerate(index)]
-        voxels = read_crop(item, [start for start, _ in spans], sampling)[0]
-        answer = picker.score(voxels[None])[0]
-        own = tuple(slice(h, n - h) for h, n in zip(window.halo, window.shape, strict=True))
-        target = scores[tuple(slice(k * s, (k + 1) * s) for k, s in zip(index, window.stride, strict=True))]
-        target[:] = answer[own][tuple(slice(0, n) for n in target.shape)]
+    own = tuple(slice(h, n - h) for h, n in zip(window.halo, window.shape, strict=True))
+    places = list(np.ndindex(*window.lattice(shape)))
+    for first in range(0, len(places), _BATCH):
+        some = places[first : first + _BATCH]
+        starts = [[window.span(axis, k)[0] for axis, k in enumerate(index)] for index in some]
+        batch = np.stack([read_crop(item, start, sampling)[0] for start in starts])
+        for index, answer in zip(some, picker.score(batch), strict=True):
+            inner = tuple(slice(k * s, (k + 1) * s) for k, s in zip(index, window.stride, strict=True))
+            target = scores[inner]
+            target[:] = answer[own][tuple(slice(0, n) for n in target.shape)]
     return scores

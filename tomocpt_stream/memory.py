@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 _OWN = {_TRIM_THRESHOLD: 1 << 26, _MMAP_THRESHOLD: 1 << 25}
 _KEPT = {_TRIM_THRESHOLD: (1 << 31) - 1, _MMAP_THRESHOLD: 1 << 30}
+# Contexts that last; the thresholds are those of the whole process.
+_entered: set[object] = set()
 
 
 def return_freed_memory() -> None:
@@ -32,14 +34,19 @@ def freed_memory_kept() -> Iterator[None]:
     """Keep freed blocks of up to 1 GB for the next allocation while the context lasts, where glibc is.
 
     A training step allocates the same large tensors again and again. glibc maps blocks above 32 MB
-    anew, and the system clears every page of them: half a million page faults a step.
+    anew, and the system clears every page of them: half a million page faults a step. Within such a
+    context another one changes nothing.
     """
+    token = object()
+    _entered.add(token)
     _set(_KEPT)
     try:
         yield
     finally:
-        _set(_OWN)
-        return_freed_memory()
+        _entered.remove(token)
+        if not _entered:
+            _set(_OWN)
+            return_freed_memory()
 
 
 def _set(thresholds: dict[int, int]) -> None:
