@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from bench_network import least
+from paper_methods import digest
 
 from tomocpt_stream.blocks import Window
 from tomocpt_stream.calibration import calibrate
@@ -102,7 +103,7 @@ class Study:
         """Return one architecture's figures; what was done before is taken from the folder."""
         speed = self.speed(name)
         steps = max(20, round(self.seconds / speed["step"]))
-        asked = f"{self.seconds:g}_{self.tomograms}_{self.validation}_{self.seed}_{len(self.maps)}"
+        asked = f"{self.seconds:g}_{self.tomograms}_{self.validation}_{self.seed}_{self._maps}"
         done = self._place(name) / f"f1_{asked}.json"
         if not done.exists():
             learnt = self._learn(name, steps, self._place(name) / f"run_{asked}")
@@ -137,6 +138,10 @@ class Study:
         )
         found = calibrate(picker, kept_aside).metadata["provenance"]
         return {"f1": found["calibration"]["f1"], "validation": found["validation_loss"]}
+
+    @property
+    def _maps(self) -> str:
+        return digest([[Path(one).name for one in some] for some in (self.maps, self.held_maps)])[:6]
 
     def _place(self, name: str) -> Path:
         place_of = self.folder / name.split(":")[0].replace(" ", "_").replace(",", "")
