@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats
 from zarr.storage import LocalStore
 
 from tests.blobs import BlobPicker, NamedBlobPicker, blobs
@@ -38,6 +39,7 @@ from tomocpt_stream.pipeline import pick, plan_pick, rule_of, scratch_folder
 from tomocpt_stream.scan import Turns
 from tomocpt_stream.tomogram import Tomogram, open_tomogram
 from tomocpt_stream.volume import Volume, ingest, open_volume
+from tomocpt_stream.windows import normalise
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -237,6 +239,40 @@ def test_doubt_takes_more_windows_and_is_said(tmp_path: Path) -> None:
 def test_little_and_nearly_as_much_are_doubtful(dark: float, bright: float, doubtful: bool) -> None:
     found = Finding("dark", 16, {"dark": 9, "bright": 9}, {"dark": dark, "bright": bright})
     assert found.is_doubtful == doubtful
+
+
+@pytest.mark.parametrize("own", ["dark", "bright"])
+@pytest.mark.parametrize(
+    ("score", "skewness", "look"),
+    [(0.9, 0.5, "bright"), (0.9, -0.5, "dark"), (1.0, 0.5, "dark"), (1.0, -0.5, "dark")],
+)
+def test_grey_values_decide_where_little_is_found_alone(
+    own: Any, score: float, skewness: float, look: str
+) -> None:
+    tables = [candidates((5, 5, 5, score)), candidates((5, 5, 5, 0.2))]
+    if own == "bright":
+        tables.reverse()
+    found = weigh(tables, SHAPE, own=own, radius=4.0, windows=16, skewness=skewness)
+    assert (found.contrast, found.skewness) == (look, skewness)
+    assert found.is_doubtful == (score < 1)
+
+
+@pytest.mark.parametrize("look", ["dark", "bright"])
+def test_what_is_hardly_seen_is_told_by_its_grey_values(look: str, tmp_path: Path) -> None:
+    """The picker sees protein at the wrong sign, and that barely."""
+
+    class Mistaken(BlobPicker):
+        def score(self, batch: Batch) -> Batch:
+            return 0.4 * super().score(-batch if look == "bright" else batch)
+
+        metadata = {"contrast": "bright"}  # noqa: RUF012
+
+    volume = volume_of(tomogram(look), tmp_path)
+    with pytest.warns(UserWarning, match=f"{look} protein is taken, by the grey values alone: little"):
+        found = find_contrast(volume, Mistaken(), plan_of())
+    seen = normalise(np.asarray(volume.array[:], dtype=np.float32), volume.percentiles)
+    assert found.skewness == pytest.approx(stats.skew(seen, axis=None), rel=1e-4)
+    assert found.contrast == look
 
 
 def test_scores_that_are_no_numbers_are_refused(tmp_path: Path) -> None:

@@ -2,9 +2,12 @@
 
 Some windows of the working volume are scored as they are and turned over; the sign at which the picker
 finds more is how protein looks. A pick counts with the square of its score, so that many doubtful ones
-do not outweigh a few good ones. Which windows are taken follows from the volume alone, and each is
-scored by itself: the answer is one of volume and picker, whatever the memory, the workers, the
-stitching, the threshold or the mask. It is kept in the volume's store, where a later run finds it.
+do not outweigh a few good ones. Only where the picker hardly finds anything, as of filaments, do the grey
+values decide: what lies in ice is their longer tail.
+
+Which windows are taken follows from the volume alone, and each is scored by itself: the answer is one of
+volume and picker, whatever the memory, the workers, the stitching, the threshold or the mask. It is kept
+in the volume's store, where a later run finds it.
 """
 
 from __future__ import annotations
@@ -37,6 +40,7 @@ from tomocpt_stream.spacing import space
 from tomocpt_stream.stages import Here, Job, Stage, residents
 from tomocpt_stream.volume import open_volume
 from tomocpt_stream.voxels import shared
+from tomocpt_stream.windows import normalise
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -51,6 +55,8 @@ if TYPE_CHECKING:
     from tomocpt_stream.volume import Volume
 
 Look = Literal["dark", "bright"]
+Moments = tuple[int, float, float, float]
+"""How many values there are, and the sums of their first three powers."""
 
 WINDOWS = 16
 """So many windows, or all there are, are scored at both signs."""
@@ -64,7 +70,7 @@ FLOOR, THRESHOLD = 0.05, 0.3
 _SPACING = 1.5
 # Doubtful is a total below so many times that of the other sign, or below that of four picks of 0.5.
 _CLOSE, _LITTLE = 1.5, 1.0
-_RECEIPTS, _VERSION = "contrast", 1
+_RECEIPTS, _VERSION = "contrast", 2
 # Windows of one round: points k * (1, 7, 5) / 16 modulo 1 of the unit cube, z, y, x, one in each sixteenth of
 # each axis. Rounds differ by a shift; those after the third are for windows that are constant fill.
 _STEP, _SHIFT, _DRAWN = np.array([1, 7, 5]) / WINDOWS, np.array([0.618, 0.755, 0.570]), 8 * ROUNDS
@@ -77,12 +83,15 @@ class Finding:
 
     `picks` (scores above 0.3) and `scores` (the sum of the squares of all scores above 0.05) are what
     the picker finds in `windows` windows when it is fed as if protein were "dark", and "bright".
+    `skewness` is that of the windows' grey values, as the network sees them: below 0 where their darker
+    tail is the longer one.
     """
 
     contrast: Look
     windows: int
     picks: dict[str, int]
     scores: dict[str, float]
+    skewness: float = 0.0
 
     def __str__(self) -> str:
         other = _other(self.contrast)
@@ -136,8 +145,9 @@ def find_contrast(
     16 windows, spread over the volume, are scored twice, and up to 48 where these leave doubt: by the
     workers of `client` where there is one. What was found is kept in the volume's store under the
     picker's fingerprint and taken from there the next time. `progress` counts windows; `turns` are the
-    picker's in this process, where others call it too. Where nothing is found, or the same, it is the
-    picker's own contrast; where doubt is left, a warning says so.
+    picker's in this process, where others call it too. Where little is found, the longer tail of the
+    windows' grey values decides; where nothing is found, or the same, it is the picker's own contrast.
+    Where doubt is left, a warning says so.
 
     Raises
     ------
@@ -190,10 +200,12 @@ def weigh(
     own: Look,
     radius: float,
     windows: int,
+    skewness: float = 0.0,
 ) -> Finding:
     """Return what candidates of the picker's own sign and of the other one say of a volume of `shape`.
 
     Candidates nearer to a better one than 0.75 diameter do not count; equal sums are for the own sign.
+    Where there are some, but fewer than would say anything, the sign of `skewness` decides.
     """
     picks: dict[str, int] = {}
     scores: dict[str, float] = {}
@@ -204,7 +216,9 @@ def weigh(
         picks[look] = int(np.count_nonzero(kept > np.float32(THRESHOLD)))
         scores[look] = math.fsum(kept**2)
     found = own if scores[own] >= scores[_other(own)] else _other(own)
-    return Finding(found, windows, picks, scores)
+    if 0 < scores[found] < _LITTLE and skewness:
+        found = "dark" if skewness < 0 else "bright"
+    return Finding(found, windows, picks, scores, skewness)
 
 
 @dataclass(frozen=True)
@@ -236,6 +250,17 @@ class Sampled:
         for axis, (letter, (start, _)) in enumerate(zip("zyx", task.write_spans, strict=True)):
             table[letter] = found.zyx[:, axis] + start
         return table
+
+    def moments(self, index: Index) -> Moments:
+        """Return the moments of the grey values of one window's core, as the network sees them."""
+        task = self.single.tasks[int(np.ravel_multi_index(index, self.plan.window.lattice(self.plan.shape)))]
+        box = box_of(task.write_spans)
+        voxels = np.array(self.volume.array[box], dtype=np.float32)
+        values = normalise(voxels, self.volume.percentiles).astype(np.float64)
+        if self.volume.fill is not None:
+            values = values[~np.asarray(self.volume.fill[box], dtype=np.bool_)]
+        one, two, three = (float((values**power).sum()) for power in (1, 2, 3))
+        return values.size, one, two, three
 
 
 @dataclass(frozen=True)
@@ -290,12 +315,21 @@ def _search(
     tables = [np.zeros(0, dtype=CANDIDATE), np.zeros(0, dtype=CANDIDATE)]
     left = _with_voxels(sample(volume.shape, window), volume, window)
     own, scored = own_contrast(picker), 0
+    moments: list[Moments] = []
     indices = list(islice(left, WINDOWS))
     while True:
-        for sign, found in enumerate(_score_all(volume.name, indices, address, client, progress)):
-            tables[sign] = np.concatenate([tables[sign], found])
+        found, grey = _score_all(volume.name, indices, address, client, progress)
+        tables = [np.concatenate(both) for both in zip(tables, found, strict=True)]
+        moments += grey
         scored += len(indices)
-        finding = weigh(tables, volume.shape, own=own, radius=picker.particle_radius, windows=scored)
+        finding = weigh(
+            tables,
+            volume.shape,
+            own=own,
+            radius=picker.particle_radius,
+            windows=scored,
+            skewness=_skewness(moments),
+        )
         if not finding.is_doubtful or scored >= ROUNDS * WINDOWS:
             return finding
         indices = list(islice(left, WINDOWS))
@@ -305,8 +339,8 @@ def _search(
 
 def _score_all(
     name: str, indices: Sequence[Index], address: Address[Sampled], client: Any, progress: Progress
-) -> list[npt.NDArray[np.void]]:
-    """Return the candidates of some windows as the picker's own sign has them, and as the other one has."""
+) -> tuple[list[npt.NDArray[np.void]], list[Moments]]:
+    """Return the candidates of some windows at the picker's own sign and at the other one, and moments."""
 
     def watch(tallies: list[Tally]) -> None:
         if isinstance(progress, WorkerProgress):
@@ -314,20 +348,32 @@ def _score_all(
 
     jobs = [Job(f"window {index}", index) for index in indices]
     stage = Stage("contrast", name, _score_window, address, len(jobs))
-    answers: list[tuple[bytes, bytes]] = []
+    answers: list[tuple[bytes, bytes, Moments]] = []
     progress("contrast", 0, len(jobs))
     for _, answer in run_jobs(stage, jobs, client=client, watch=watch):
         answers.append(answer)
         progress("contrast", len(answers), len(jobs))
-    return [np.frombuffer(b"".join(data), dtype=CANDIDATE) for data in zip(*answers, strict=True)]
+    own, other, grey = zip(*answers, strict=True)
+    return [np.frombuffer(b"".join(data), dtype=CANDIDATE) for data in (own, other)], list(grey)
 
 
-def _score_window(index: Index, opened: Sampled, report: Report) -> tuple[bytes, bytes]:
-    """Return the candidates of one window at the picker's own sign and at the other one."""
+def _skewness(moments: Sequence[Moments]) -> float:
+    """Return the skewness of the values that the moments are of; 0 where they are all alike."""
+    count, one, two, three = (math.fsum(parts) for parts in zip(*moments, strict=True))
+    if not count:
+        return 0.0
+    mean = one / count
+    variance = two / count - mean**2
+    third = three / count - 3 * mean * two / count + 2 * mean**3
+    return third / variance**1.5 if variance > 1e-9 else 0.0
+
+
+def _score_window(index: Index, opened: Sampled, report: Report) -> tuple[bytes, bytes, Moments]:
+    """Return the candidates of one window at the picker's own sign and at the other one, and its moments."""
     own = opened.candidates(index, negate=False)
     other = opened.candidates(index, negate=True)
     report({"done": 1, "windows": 2})
-    return own.tobytes(), other.tobytes()
+    return own.tobytes(), other.tobytes(), opened.moments(index)
 
 
 def _with_voxels(indices: Iterable[Index], volume: Volume, window: Window) -> Iterator[Index]:
@@ -346,7 +392,8 @@ def _doubt(finding: Finding) -> str:
     if finding.is_empty:
         return f"{finding.contrast} protein is taken, as in the picker's training: nothing was found"
     if finding.scores[finding.contrast] < _LITTLE:
-        return f"{finding.contrast} protein is taken, but little was found"
+        why = ", by the grey values alone" if finding.skewness else ""
+        return f"{finding.contrast} protein is taken{why}: little was found"
     return f"{finding.contrast} protein is taken, but the picker finds nearly as much at the other sign"
 
 
