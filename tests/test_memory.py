@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from tomocpt_stream.memory import freed_memory_kept
+from tomocpt_stream import memory
+from tomocpt_stream.memory import ask_for_huge_pages, freed_memory_kept
 
 FREED = """
 from pathlib import Path
@@ -112,3 +115,45 @@ def test_a_threshold_that_is_refused_is_the_highest_that_is_not(monkeypatch: pyt
     with freed_memory_kept():
         assert taken == {-1: (1 << 31) - 1, -3: 1 << 25}
     assert taken == {-1: 1 << 26, -3: 1 << 25}
+
+
+TENSORS = """
+import resource, torch
+from tomocpt_stream.network import build_network, named_architecture
+
+network = build_network(named_architecture("small"))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+tensor = torch.ones(50_000_000)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+@pytest.mark.skipif(
+    not HUGE_PAGES.exists() or "[never]" in HUGE_PAGES.read_text(), reason="a system without huge pages"
+)
+@pytest.mark.parametrize(("said", "few"), [(None, True), ("0", False)])
+def test_tensors_of_a_process_with_a_network_are_in_huge_pages(said: str | None, few: bool) -> None:
+    """200 MB are 48,800 pages of 4 kB; the user's own choice stays."""
+    if "[always]" in HUGE_PAGES.read_text() and not few:
+        pytest.skip("the system gives huge pages to all")
+    own = {name: value for name, value in os.environ.items() if name != "THP_MEM_ALLOC_ENABLE"}
+    own |= {} if said is None else {"THP_MEM_ALLOC_ENABLE": said}
+    ran = subprocess.run([sys.executable, "-c", TENSORS], capture_output=True, text=True, check=True, env=own)
+    assert (int(ran.stdout) < 5000) == few
+
+
+@pytest.mark.parametrize(
+    ("text", "asked"), [("always [madvise] never", "1"), ("always madvise [never]", None), (None, None)]
+)
+def test_huge_pages_are_asked_for_where_the_system_has_them(
+    text: str | None, asked: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch warns where the kernel knows none."""
+    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "of the test")  # so that what is set here is taken back
+    monkeypatch.delenv("THP_MEM_ALLOC_ENABLE")
+    monkeypatch.setattr(memory, "_HUGE_PAGES", tmp_path / "enabled")
+    if text is not None:
+        (tmp_path / "enabled").write_text(text)
+    ask_for_huge_pages()
+    assert os.environ.get("THP_MEM_ALLOC_ENABLE") == asked

@@ -13,6 +13,7 @@ from monai.networks.nets.swin_unetr import SwinUNETR
 from torch import nn
 
 from tomocpt_stream.errors import CheckpointError
+from tomocpt_stream.memory import ask_for_huge_pages
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -97,6 +98,7 @@ def build_network(architecture: Mapping[str, Any]) -> nn.Module:
     Raises CheckpointError where a key is missing or unknown, or a value builds no network.
     """
     _check(architecture)
+    ask_for_huge_pages()
     try:
         network = SwinUNETR(
             in_channels=1,
