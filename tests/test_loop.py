@@ -239,6 +239,11 @@ def test_a_run_may_start_from_a_picker(tmp_path: Path) -> None:
     np.testing.assert_allclose(second.score(voxels), first.score(voxels), atol=1e-5)
     fresh = learn([two_balls(1)], options=replace(options, seed=9), folder=tmp_path / "fresh")
     assert not np.allclose(fresh.score(voxels), first.score(voxels), atol=1e-5)
+    wide = Picker(
+        build_network(TINY), first.metadata | {"label": {"kind": "gaussian", "widths": [0.99, 0.495]}}
+    )
+    taught = learn([two_balls(1)], options=options, folder=tmp_path / "wide", start_from=wide)
+    assert taught.metadata["label"] == first.metadata["label"]  # of what it has learnt last
     other = replace(options, architecture=named_architecture("small"))
     with pytest.raises(CheckpointError, match="missing"):
         learn([two_balls(1)], options=other, folder=tmp_path / "other", start_from=first)

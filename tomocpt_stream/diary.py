@@ -69,9 +69,10 @@ class Diary:
     """Writes down a run in `folder`: curves.csv, curves.png, looks/step_000400.png, TensorBoard's events.
 
     The table gets a row a step. The curves are drawn again at each validation; of the looks, the first one
-    is drawn, the last one, and those of each `every`-th epoch. A run that goes on from an earlier step loses
-    the rows from there on, which it writes anew. Events are written where tensorboard is installed, unless
-    `tensorboard` is False. What cannot be written is a warning in the log: no run ends for its diary.
+    is drawn, that of the last step asked for, and those of each `every`-th epoch. A run that goes on from an
+    earlier step loses the rows from there on, which it writes anew. Events are written where tensorboard is
+    installed, unless `tensorboard` is False. What cannot be written is a warning in the log: no run ends for
+    its diary.
     """
 
     def __init__(self, folder: str | os.PathLike[str], *, every: int = 5, tensorboard: bool = True) -> None:

@@ -211,17 +211,18 @@ def _run(task: _Task, device: torch.device) -> Run:
     options, start_from = task.options, task.start
     torch.manual_seed(options.seed)
     network, averaged = build_network(options.architecture), build_network(options.architecture)
+    label = {"kind": options.sampling.label, "widths": list(options.sampling.widths)}
     if start_from is None:
         start_quiet(network)
         metadata = picker_metadata(
             options.architecture,
             window=options.sampling.window,
             particle_radius=options.sampling.radius,
-            label={"kind": options.sampling.label, "widths": list(options.sampling.widths)},
+            label=label,
         )
     else:
         start_from.copy_weights(network)
-        metadata = start_from.metadata
+        metadata = start_from.metadata | {"label": label}
     averaged.load_state_dict(network.state_dict())
     network, averaged = place(network, device), place(averaged, device)
     optimiser = torch.optim.AdamW(
