@@ -148,6 +148,8 @@ def reached(row: Row, aim: float) -> str:
 def _notes(rows: Sequence[Row]) -> list[str]:
     wide = [row for row in rows if row["interval"][1] - row["interval"][0] > 2 * RESOLVED]
     far = [row for row in rows if row["median_distance"] is None or row["median_distance"] >= MEDIAN]
+    told = f"A difference of {RESOLVED:g} can be told from chance in"
+    near = f"the median distance is under {MEDIAN:.0%} of the diameter in"
     return [
         "F1 is the highest over the threshold, chosen on these tomograms; elsewhere: each tomogram at the "
         "threshold that is best for the others. Intervals are bootstraps over tomograms and, in each, over "
@@ -155,9 +157,7 @@ def _notes(rows: Sequence[Row]) -> list[str]:
         "pairs at the highest F1, in % of the diameter. Tomograms: sim_val_1, and others of the same make "
         f"whose seeds count from {SEED}.",
         "",
-        f"A difference of {RESOLVED:g} can be told from chance in "
-        f"{'all rows' if not wide else f'all rows but {_listed(wide)}'}; the median distance is under "
-        f"{MEDIAN:.0%} of the diameter in {'all rows' if not far else f'all rows but {_listed(far)}'}.",
+        f"{told} {_but(wide, rows)}; {near} {_but(far, rows)}.",
     ]
 
 
@@ -189,7 +189,7 @@ def _curves(rows: Sequence[Row]) -> Figure:
 def _bars(rows: Sequence[Row]) -> Figure:
     """Draw F1 with its interval for each class and lesson; a line at the aim."""
     names = list(dict.fromkeys(row["name"] for row in rows))
-    figure = Figure(figsize=(11, 4), layout="constrained")
+    figure = Figure(figsize=(11, 5), layout="constrained")
     axis: Axes = figure.subplots()
     width = 0.8 / len(names)
     for place, kind in enumerate(CLASSES.values()):
@@ -201,7 +201,7 @@ def _bars(rows: Sequence[Row]) -> Figure:
     for name in names:
         axis.bar(0, 0, color=_colour(names, name), label=name)
     axis.set(xticks=range(len(CLASSES)), xticklabels=list(CLASSES), ylabel="F1 (dotted: aim)", ylim=(0, 1.02))
-    axis.legend(fontsize=7, loc="lower left")
+    figure.legend(fontsize=7, loc="outside lower center")
     return figure
 
 
@@ -225,5 +225,7 @@ def _percent(share: float | None) -> str:
     return "" if share is None else f"{100 * share:.1f}"
 
 
-def _listed(rows: Sequence[Row]) -> str:
-    return "; ".join(f"{row['kind']} ({row['name']})" for row in rows)
+def _but(some: Sequence[Row], rows: Sequence[Row]) -> str:
+    """Return which rows are left when some are not."""
+    listed = "; ".join(f"{row['kind']} ({row['name']})" for row in some)
+    return "no row" if len(some) == len(rows) else f"all rows but {listed}" if some else "all rows"

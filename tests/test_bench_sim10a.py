@@ -426,6 +426,7 @@ def test_the_page_says_what_cannot_be_resolved_and_where_distances_are_too_far()
     text = "\n".join(tuned_table([tuned_row(), wide]))
     assert "told from chance in all rows but rubisco (wide);" in text
     assert "6% of the diameter in all rows but rubisco (wide)." in text
+    assert "told from chance in no row;" in "\n".join(tuned_table([wide]))
 
 
 def test_costs_are_of_the_steps_asked_for() -> None:
