@@ -155,7 +155,8 @@ def _notes(rows: Sequence[Row]) -> list[str]:
         "threshold that is best for the others. Intervals are bootstraps over tomograms and, in each, over "
         "particles, at a fixed threshold; one that ends at 1 has seen no error to draw. Distances are of the "
         "pairs at the highest F1, in % of the diameter. Tomograms: sim_val_1, and others of the same make "
-        f"whose seeds count from {SEED}.",
+        f"whose seeds count from {SEED}. A lesson's name says the options that it was run with, each in a "
+        "command of its own in the same folder.",
         "",
         f"{told} {_but(wide, rows)}; {near} {_but(far, rows)}.",
     ]
@@ -163,7 +164,7 @@ def _notes(rows: Sequence[Row]) -> list[str]:
 
 def _curves(rows: Sequence[Row]) -> Figure:
     """Draw precision over recall for each class, a line a lesson, and where F1 is at its aim."""
-    figure = Figure(figsize=(11, 7), layout="constrained")
+    figure = Figure(figsize=(11, 8), layout="constrained")
     names = list(dict.fromkeys(row["name"] for row in rows))
     for axis, kind in zip(figure.subplots(2, 3).flat, CLASSES.values(), strict=True):
         recall = np.linspace(kind.aim / (2 - kind.aim) + 1e-6, 1, 60)
@@ -181,8 +182,10 @@ def _curves(rows: Sequence[Row]) -> Figure:
             xlim=(0, 1.02),
             ylim=(0, 1.02),
         )
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend(fontsize=6, loc="lower left")
+    # One entry for each name: the classes have lessons in common.
+    lines = {line.get_label(): line for axis in figure.axes for line in axis.get_lines() if line.get_label()}
+    named = {name: line for name, line in lines.items() if not str(name).startswith("_")}
+    figure.legend(named.values(), [str(name) for name in named], fontsize=7, loc="outside lower center")
     return figure
 
 
@@ -191,11 +194,13 @@ def _bars(rows: Sequence[Row]) -> Figure:
     names = list(dict.fromkeys(row["name"] for row in rows))
     figure = Figure(figsize=(11, 5), layout="constrained")
     axis: Axes = figure.subplots()
-    width = 0.8 / len(names)
+    most = max(sum(row["kind"] == kind for row in rows) for kind in CLASSES)
+    width = 0.8 / most
     for place, kind in enumerate(CLASSES.values()):
         axis.hlines(kind.aim, place - 0.45, place + 0.45, color="black", ls=":")
-        for row in (row for row in rows if row["kind"] == kind.name):
-            at = place + (names.index(row["name"]) + 0.5) * width - 0.4
+        own = [row for row in rows if row["kind"] == kind.name]
+        for number, row in enumerate(own):
+            at = place + (number - (len(own) - 1) / 2) * width
             axis.bar(at, row["f1"], 0.9 * width, color=_colour(names, row["name"]))
             axis.vlines(at, *row["interval"], color="black")
     for name in names:
