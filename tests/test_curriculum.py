@@ -12,8 +12,9 @@ from tomocpt_stream.augmentation import Augmentation
 from tomocpt_stream.blocks import Window
 from tomocpt_stream.curriculum import Recipe, base_options, draw_hard, draw_phantom, prepare, train_base
 from tomocpt_stream.errors import CheckpointError, PlanError, SourceError
-from tomocpt_stream.network import named_architecture
+from tomocpt_stream.network import build_network, named_architecture
 from tomocpt_stream.phantom import PhantomOptions
+from tomocpt_stream.picker import Picker, picker_metadata
 from tomocpt_stream.shapes import SHAPES_HELD_OUT
 
 if TYPE_CHECKING:
@@ -126,6 +127,15 @@ def test_tomograms_of_another_recipe_are_refused(tmp_path: Path) -> None:
     del kept["maps"]  # as folders were before they said so
     (tmp_path / "3.json").write_text(json.dumps(kept))
     assert len(prepare(tmp_path, {3: ("b.mrc",)})) == 1
+
+
+def test_a_picker_of_other_windows_or_another_radius_is_no_beginning(tmp_path: Path) -> None:
+    tiny = named_architecture("small") | {"depths": [1, 1, 1, 1]}
+    for asked in ({"particle_radius": 9.0}, {"window": Window((64, 64, 64), (4, 4, 4))}):
+        metadata = picker_metadata(tiny, **({"window": Window()} | asked))
+        with pytest.raises(PlanError, match="expected 10 voxels in windows of"):
+            train_base(tmp_path, start=Picker(build_network(tiny), metadata))
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.usefixtures("small")

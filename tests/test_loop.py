@@ -244,6 +244,14 @@ def test_a_run_may_start_from_a_picker(tmp_path: Path) -> None:
     )
     taught = learn([two_balls(1)], options=options, folder=tmp_path / "wide", start_from=wide)
     assert taught.metadata["label"] == first.metadata["label"]  # of what it has learnt last
+    kept = learn(
+        [two_balls(1)],
+        validation=[two_balls(2)],
+        options=replace(options, learning_rate=1e-30),
+        folder=tmp_path / "kept",
+        start_from=wide,
+    )
+    assert kept.fingerprint == wide.fingerprint  # what has learnt nothing is itself, label and all
     other = replace(options, architecture=named_architecture("small"))
     with pytest.raises(CheckpointError, match="missing"):
         learn([two_balls(1)], options=other, folder=tmp_path / "other", start_from=first)

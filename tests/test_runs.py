@@ -21,7 +21,7 @@ def _run(folder: Path, options: TrainOptions = OPTIONS, seed: int = 0) -> Run:
     torch.manual_seed(seed)
     network, averaged = torch.nn.Linear(2, 1), torch.nn.Linear(2, 1)
     optimiser = torch.optim.AdamW(network.parameters())
-    return Run(options, network, averaged, optimiser, folder, {"provenance": {}})
+    return Run(options, network, averaged, optimiser, folder, {"provenance": {}}, {})
 
 
 def test_a_run_goes_on_with_all_that_it_had(tmp_path: Path) -> None:

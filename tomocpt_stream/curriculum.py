@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Mapping, Sequence
 
+    from tomocpt_stream.blocks import Window
     from tomocpt_stream.loop import Listener
     from tomocpt_stream.picker import Picker
 
@@ -103,9 +104,12 @@ def train_base(
     """Return a picker trained on simulated tomograms alone; `folder` keeps them and the checkpoints.
 
     A folder of an earlier, interrupted run with the same recipe is taken up where it was left; one of
-    another run is a CheckpointError. `start` gives the first weights.
+    another run is a CheckpointError. `start` gives the first weights; PlanError where it knows particles of
+    another radius, or in other windows.
     """
     recipe, place = recipe or Recipe(), Path(folder)
+    if start is not None:
+        _refuse_other(start, recipe.options.sampling)
     seeds = [recipe.seed + k for k in range(recipe.tomograms)]
     held = [recipe.seed + _HELD + k for k in range(recipe.validation)]
     drawn = dict.fromkeys(seeds, recipe.maps) | dict.fromkeys(held, recipe.held_maps)
@@ -144,6 +148,21 @@ def train_base(
         listeners=listeners,
     )
     return calibrate(picker, examples[len(seeds) :], provenance=record, progress=progress) if held else picker
+
+
+def _refuse_other(start: Picker, sampling: Sampling) -> None:
+    """Refuse a picker that would be taught what its own file does not say."""
+    own = (start.particle_radius, start.window)
+    if own != (sampling.radius, sampling.window):
+        raise PlanError(
+            f"a picker of particles of {own[0]:g} voxels radius in windows of {_said(own[1])}",
+            expected=f"{sampling.radius:g} voxels in windows of {_said(sampling.window)}, as are simulated",
+            remedy="begin with another picker, or teach this one on your own tomograms (finetune)",
+        )
+
+
+def _said(window: Window) -> str:
+    return f"{window.shape} voxels with halos of {window.halo}"
 
 
 def prepare(

@@ -136,8 +136,8 @@ def learn(  # noqa: PLR0913  (what a run is made of, where it goes, who is told)
     `folder` takes `state.pt`, `last.safetensors` and `best.safetensors` at every checkpoint; where it
     holds the state of a run with the same options, that run goes on. `start_from` gives the first weights,
     whose architecture must be that of the options, and says how the network is fed; it is itself returned
-    where no checkpoint has a lower validation loss. `provenance` is kept in the picker. `devices` divide
-    each step's crops among them.
+    where no checkpoint has a lower validation loss. What has learnt names the label of the options as its
+    own. `provenance` is kept in the picker. `devices` divide each step's crops among them.
 
     Raises CheckpointError where the folder holds another run or another process trains in it, SourceError
     where there is no particle, PlanError where there are not so many devices.
@@ -222,14 +222,15 @@ def _run(task: _Task, device: torch.device) -> Run:
         )
     else:
         start_from.copy_weights(network)
-        metadata = start_from.metadata | {"label": label}
+        metadata = start_from.metadata
     averaged.load_state_dict(network.state_dict())
     network, averaged = place(network, device), place(averaged, device)
     optimiser = torch.optim.AdamW(
         network.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay
     )
     provenance = {"options": options.to_json(), **task.provenance}
-    return Run(options, network, averaged, optimiser, task.folder, metadata | {"provenance": provenance})
+    metadata = metadata | {"provenance": provenance}
+    return Run(options, network, averaged, optimiser, task.folder, metadata, label)
 
 
 def _next(feed: Feed, ranks: Ranks) -> Crops:

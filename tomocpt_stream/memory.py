@@ -18,19 +18,21 @@ _OWN = {_TRIM_THRESHOLD: 1 << 26, _MMAP_THRESHOLD: 1 << 25}
 _KEPT = {_TRIM_THRESHOLD: (1 << 31) - 1, _MMAP_THRESHOLD: 1 << 30}
 # Contexts that last; the thresholds are those of the whole process.
 _entered: set[object] = set()
-_HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+_HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage")
 
 
 def ask_for_huge_pages() -> None:
-    """Let torch hold its tensors of 2 MB and more in pages of that size, where Linux has them.
+    """Let torch hold its tensors of 2 MB and more in pages of 2 MB, where Linux has them.
 
     The largest tensors of a forward pass are mapped anew each time, and each page is a fault: 566,000 of
-    4 kB in a batch of four windows, 28,000 with pages of 2 MB, in two thirds of the time and no more memory.
-    torch reads the variable at the first tensor of a process; one that is set stays as it is.
+    4 kB in a batch of four windows, 28,000 with pages of 2 MB, in two thirds of the time and no more memory
+    where this was measured. torch reads the variable at the first tensor of a process; one that is set stays
+    as it is, so that 0 is the user's way to do without.
     """
-    # A kernel without such pages would refuse the advice, and torch warn of it.
+    # Where a huge page is of another size, 512 MB on some ARM systems, it would cost more than it saves.
     with suppress(OSError):
-        if "[never]" not in _HUGE_PAGES.read_text():
+        size = int((_HUGE_PAGES / "hpage_pmd_size").read_text())
+        if size == 1 << 21 and "[never]" not in (_HUGE_PAGES / "enabled").read_text():
             os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
@@ -50,8 +52,8 @@ def freed_memory_kept() -> Iterator[None]:
     """Keep freed blocks of up to 1 GB for the next allocation while the context lasts, where glibc is.
 
     A training step allocates the same large tensors again and again. glibc maps blocks above 32 MB
-    anew, and the system clears every page of them: half a million page faults a step. Within such a
-    context another one changes nothing.
+    anew, and the system clears every page of them: half a million faults a step where pages are of
+    4 kB. Within such a context another one changes nothing.
     """
     token = object()
     _entered.add(token)

@@ -34,7 +34,7 @@ BEST, LAST, STATE = "best.safetensors", "last.safetensors", "state.pt"
 class Run:
     """A run as it stands: weights, their average, optimiser, pace; its folder keeps all of them.
 
-    `metadata` is that of its pickers, but for the step and the validation loss in their provenance.
+    `metadata` is that of its pickers, but for the label and for step and validation loss in their provenance.
     """
 
     options: TrainOptions
@@ -43,6 +43,8 @@ class Run:
     optimiser: torch.optim.Optimizer
     folder: Path
     metadata: Mapping[str, Any]
+    label: Mapping[str, Any]
+    """What the run teaches; its pickers name it once they have learnt."""
     pace: Pace = field(default_factory=Pace)
     step: int = 0
     """Steps done."""
@@ -92,7 +94,9 @@ class Run:
         copy = build_network(self.options.architecture)
         copy.load_state_dict(self.averaged.state_dict())
         provenance = self.metadata["provenance"] | {"step": self.step, "validation_loss": validation}
-        return Picker(copy, {**self.metadata, "provenance": provenance})
+        # What has learnt nothing here is still the picker that the run began with, fingerprint and all.
+        taught = {"label": dict(self.label)} if self.step else {}
+        return Picker(copy, {**self.metadata, **taught, "provenance": provenance})
 
     def _name(self) -> str:
         text = json.dumps({"version": STATE_VERSION, "options": self.options.to_json()}, sort_keys=True)
