@@ -25,11 +25,11 @@ def test_the_guide_names_every_column_of_the_table() -> None:
 def test_the_guide_names_options_that_are_there() -> None:
     options = {
         name
-        for command in ("train", "finetune", "pick", "portal")
+        for command in ("train", "finetune", "pick", "portal", "evaluate")
         for parameter in getattr(main.commands[command], "commands", {command: main.commands[command]})[
             "pick" if command == "portal" else command
         ].params
-        for name in parameter.opts
+        for name in (*parameter.opts, *parameter.secondary_opts)
     }
     named = set(re.findall(r"(--[a-z][a-z-]+)", GUIDE))
     assert len(named) > 8
