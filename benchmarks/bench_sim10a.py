@@ -6,10 +6,10 @@
 
 DATA holds density maps (maps_10A, maps_5A) and the simulated tomograms (sim10A). Part "zero" is the recall
 of each class in sim_val_1 by the picker as it is, at the threshold where 0.8 of the picks are on any
-particle. Part "tuned" is F1 after fine-tuning on sim_train_1 and sim_train_2, on sim_val_1 and --tomograms
-more of the same make, which nothing has learnt from. Work is kept in --folder; the same command goes on
-where the last one ended, and lessons of other options are added to the same page. With --minutes it ends
-by itself after that time, with exit code 75.
+particle. Part "tuned" is F1 after fine-tuning on sim_train_1, sim_train_2 and --lessons more of the same
+make, on sim_val_1 and --tomograms others, which nothing has learnt from. Work is kept in --folder; the
+same command goes on where the last one ended, and lessons of other options are added to the same page.
+With --minutes it ends by itself after that time, with exit code 75.
 """
 
 from __future__ import annotations
@@ -46,6 +46,8 @@ PRECISION = 0.8
 """Share of the picks that are on any particle where the recall is taken."""
 
 _TEST, _LESSONS = "sim_val_1", ("sim_train_1", "sim_train_2")
+# Numbers of the tomograms that are made to learn from; those for tests count from 0.
+_MORE = 200
 
 
 @dataclass(frozen=True)
@@ -65,8 +67,12 @@ class Bench:
         scenes = [self.file(_TEST)]
         for number in range(more):
             self.tick()
-            scenes.append(more_scene(number, data=self.data, folder=self.folder / "tomograms"))
+            scenes.append(self.made(number))
         return scenes
+
+    def made(self, number: int) -> Scene:
+        """Return one of the tomograms that are simulated here."""
+        return more_scene(number, data=self.data, folder=self.folder / "tomograms")
 
     def zero(self, kind: Kind, picker: Picker) -> dict[str, Any]:
         """Return the row of a class by a picker as it is."""
@@ -83,6 +89,9 @@ class Bench:
         """Return the row of a lesson: the picker that it gives, on the tomograms that are kept for tests."""
         kind = CLASSES[lesson.kind]
         lessons = [self.file(name) for name in _LESSONS]
+        for number in range(_MORE, _MORE + lesson.more):
+            self.tick()
+            lessons.append(self.made(number))
         picker, account = teach(
             lesson, lessons, kind, parent=parent, folder=self.folder / "lessons", tick=self.tick
         )
@@ -169,7 +178,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--folder", type=Path, default=Path("scratch/sim10a"), help="where work is kept")
     parser.add_argument("--part", nargs="+", choices=("zero", "tuned"), default=["zero", "tuned"])
     parser.add_argument("--only", nargs="+", choices=CLASSES, default=list(CLASSES), metavar="CLASS")
-    parser.add_argument("--tomograms", type=_count, default=9, help="made here, beside sim_val_1")
+    parser.add_argument("--tomograms", type=_up_to(_MORE), default=9, help="made here, beside sim_val_1")
+    parser.add_argument("--lessons", type=_count, default=0, help="made here, beside the two learnt from")
     parser.add_argument("--picker", default="base", help="the shipped one, or a file")
     parser.add_argument("--epochs", type=_some, default=Lesson.epochs)
     parser.add_argument("--steps", type=_count, default=0, help="instead, rounded up to whole epochs")
@@ -197,6 +207,15 @@ def _count(text: str, *, least: int = 0) -> int:
     if int(text) < least:
         raise argparse.ArgumentTypeError(f"{text} is below {least}")
     return int(text)
+
+
+def _up_to(most: int) -> Callable[[str], int]:
+    def checked(text: str) -> int:
+        if _count(text) > most:
+            raise argparse.ArgumentTypeError(f"{text} is above {most}")
+        return int(text)
+
+    return checked
 
 
 def _some(text: str) -> int:
@@ -229,6 +248,7 @@ def _lesson(asked: argparse.Namespace, kind: Kind, picker: Picker) -> Lesson:
         average=asked.average,
         seed=asked.seed,
         augment=tuple(sorted(dict(asked.augment).items())),
+        more=asked.lessons,
     )
 
 

@@ -35,7 +35,7 @@ class Lesson:
         other classes lie in half of the crops without a particle. validate : a slab of each tomogram is
         kept to choose the best epoch by; else all of them is learnt from and the last epoch taken.
         precision, average : as `fine_tune` has them. augment : fields of `Augmentation` beside the flips
-        and quarter turns, which are always done.
+        and quarter turns, which are always done. more : tomograms made here to learn from, beside the two.
     """
 
     kind: str
@@ -51,11 +51,13 @@ class Lesson:
     average: float = 0.0
     seed: int = 0
     augment: tuple[tuple[str, float], ...] = ()
+    more: int = 0
 
     @property
     def name(self) -> str:
         """What tells it from other lessons of the same class, for a legend."""
         words = [f"{self.steps} steps" if self.steps else f"{self.epochs} epochs"]
+        words += [f"{self.more} more tomograms"] if self.more else []
         words += [f"radius {self.radius:g}"] if self.radius else []
         words += ["others"] if self.others else []
         words += ["validated"] if self.validate else []
@@ -70,7 +72,10 @@ class Lesson:
     @property
     def key(self) -> str:
         """A name for its files."""
-        return f"{self.kind}_{digest(asdict(self))}"
+        said = asdict(self)
+        if not self.more:  # left out, so that earlier lessons stay what they were
+            del said["more"]
+        return f"{self.kind}_{digest(said)}"
 
     def augmentation(self) -> Augmentation:
         """Return the changes of its crops."""

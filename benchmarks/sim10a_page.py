@@ -46,7 +46,8 @@ def write_page(rows: Sequence[Row], head: Sequence[str], folder: Path) -> Path:
     if zero:
         lines += ["## As it is, on sim_val_1", "", *zero_table(zero), ""]
     if tuned:
-        lines += ["## Fine-tuned on sim_train_1 and sim_train_2", "", *tuned_table(tuned), ""]
+        lines += ["## Fine-tuned on sim_train_1, sim_train_2 and what else the lesson names", ""]
+        lines += [*tuned_table(tuned), ""]
     lines += ["## What it costs", "", *cost_table(rows), ""]
     pictures = {"curves": _curves(rows)} | ({"bars": _bars(tuned)} if tuned else {})
     for name, figure in pictures.items():

@@ -289,8 +289,9 @@ def test_lessons_that_differ_in_anything_have_files_of_their_own() -> None:
         replace(plain, seed=1),
         replace(plain, augment=(("tilt", 15.0),)),
         replace(plain, batch=2),
+        replace(plain, more=8),
     ]
-    assert len({one.key for one in (plain, *other)}) == len({one.name for one in (plain, *other)}) == 8
+    assert len({one.key for one in (plain, *other)}) == len({one.name for one in (plain, *other)}) == 9
     assert replace(plain, augment=(("tilt", 15.0),)).augmentation().tilt == 15.0
     assert plain.augmentation().turns
 
@@ -365,6 +366,18 @@ def test_the_command_goes_on_where_it_ended_and_keeps_rows_of_other_lessons(
     page = (folder / "page.md").read_text()
     assert "5 steps" in page
     assert "3 epochs, others" in page
+    numbers: list[int] = []
+
+    def made(_: Any, number: int) -> Scene:
+        numbers.append(number)
+        return scene
+
+    monkeypatch.setattr(bench_sim10a.Bench, "made", made)
+    monkeypatch.setattr(sys, "argv", [*common, "--lessons", "1", "--tomograms", "1"])
+    assert bench_sim10a.main() == 0
+    assert numbers == [0, 200]  # what is tested on is never learnt from
+    assert len(taught[2]["examples"]) == 3
+    assert "20 epochs, 1 more tomograms" in (folder / "page.md").read_text()
     assert str(tmp_path) not in page
     assert (folder / "curves.png").exists()
     assert (folder / "bars.png").exists()
@@ -377,6 +390,8 @@ def test_the_command_goes_on_where_it_ended_and_keeps_rows_of_other_lessons(
         ["--augment", "tilt=40"],
         ["--augment", "colour=1"],
         ["--steps", "-1"],
+        ["--tomograms", "201"],
+        ["--lessons", "-1"],
         ["--batch", "0"],
         ["--only", "rubiscos"],
         ["--data", "nowhere"],
