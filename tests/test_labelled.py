@@ -330,3 +330,95 @@ def test_a_volume_is_sampled_as_for_the_picker_that_learns_on(tmp_path: Path, pi
     volumes = [one.ingest(tmp_path / "volumes").volume for one in (ours, other)]
     assert [volume.rule for volume in volumes] == ["bspline", "tomocpt"]  # type: ignore[attr-defined]
     assert volumes[1].shape == other.grid.shape
+
+
+def _classes(path: Path, *rows: tuple[str, int]) -> Path:
+    """Write a STAR file of one particle a row, at the first centre, with a class."""
+    z, y, x = CENTRES[0]
+    columns = ("TomoName", "CoordinateX", "CoordinateY", "CoordinateZ", "ClassNumber")
+    lines = [f"_rln{column}" for column in columns]
+    lines += [f"{name} {x} {y} {z} {number}" for name, number in rows]
+    path.write_text("\n".join(["", "data_particles", "", "loop_", *lines, ""]))
+    return path
+
+
+def test_no_tomogram_is_taught_the_particles_of_another(
+    tmp_path: Path, picker: Picker, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of a class that only one tomogram of a file has, the others have none."""
+    path = _classes(tmp_path / "p.star", ("TS_1", 1), ("TS_1", 2), ("TS_2", 2))
+    rows = [LabelledTomogram(_write(tmp_path, name), path, 80.0, particle="1") for name in ("TS_1", "TS_2")]
+    first, second = open_labelled(rows, picker)
+    assert (len(first.picks), len(second.picks)) == (1, 0)
+    assert "TS_2.mrc: no particle in" in caplog.text
+    for particle in ("", "1"):
+        alone = _classes(tmp_path / "q.star", ("TS_1", 1))
+        shared = [
+            LabelledTomogram(_write(tmp_path, name), alone, 80.0, particle=particle)
+            for name in ("TS_1", "TS_2")
+        ]
+        with pytest.raises(FormatError, match="0 tables for 'TS_2'"):
+            open_labelled(shared, picker)
+        # Alone with a file of one tomogram, a row says that it is its own, whatever it is called there.
+        (own,) = open_labelled(shared[1:], picker)
+        assert len(own.picks) == 1
+
+
+def test_a_file_of_several_voxel_sizes_serves_each_of_its_tomograms(tmp_path: Path, picker: Picker) -> None:
+    """The voxel size of a row is that of its own tomogram, and of no other in the file."""
+    write_mrc(tmp_path / "coarse.mrc", _balls(CENTRES / 2, 4.0)[:20, :32, :36], 10.0)
+    both = [
+        _picks(tomogram="TS_1", voxel_size=5.0, shape=(40, 64, 72)),
+        _picks(CENTRES / 2, tomogram="coarse", voxel_size=10.0, shape=(20, 32, 36)),
+    ]
+    write_picks(both, tmp_path / "both.star")
+    rows = [
+        LabelledTomogram(path, tmp_path / "both.star", 80.0)
+        for path in (_write(tmp_path), tmp_path / "coarse.mrc")
+    ]
+    fine, coarse = open_labelled(rows, picker)
+    np.testing.assert_allclose(fine.picks.zyx, CENTRES, atol=1e-4)
+    np.testing.assert_allclose(coarse.picks.zyx, CENTRES / 2, atol=1e-4)
+
+
+def test_a_file_may_call_tomograms_by_their_tilt_series(tmp_path: Path, picker: Picker) -> None:
+    path = _classes(tmp_path / "p.star", ("TS_1", 1), ("TS_2", 1), ("TS_2", 1))
+    names = ("rec_TS_2", "TS_1_5.00Apx")
+    rows = [LabelledTomogram(_write(tmp_path, name), path, 80.0) for name in names]
+    assert [len(one.picks) for one in open_labelled(rows, picker)] == [2, 1]
+
+
+@pytest.mark.parametrize("name", ["p.csv", "p.star", "p.coords"])
+def test_a_tomogram_without_particles_takes_an_empty_file(
+    tmp_path: Path, picker: Picker, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    none = _picks(np.zeros((0, 3)), voxel_size=5.0, tomogram="TS_1", shape=(40, 64, 72))
+    write_picks(none, tmp_path / name)
+    (one,) = open_labelled([LabelledTomogram(_write(tmp_path), tmp_path / name, 80.0)], picker)
+    assert len(one.picks) == 0
+
+
+def test_a_table_says_that_a_volume_was_not_turned_yet(
+    tmp_path: Path, picker: Picker, caplog: pytest.LogCaptureFixture
+) -> None:
+    """IMOD's volumes have the beam along y until they are turned; picks count voxels of the file."""
+    volume = np.ascontiguousarray(_balls(CENTRES).transpose(1, 0, 2)[::-1])
+    write_mrc(tmp_path / "TS_1.mrc", volume, 5.0)
+    (z, y, x) = CENTRES.T
+    write_picks(
+        _picks(np.stack([63 - y, z, x], axis=1), voxel_size=5.0, tomogram="TS_1", shape=(64, 40, 72)),
+        tmp_path / "p.csv",
+    )
+    table = tmp_path / "table.csv"
+    table.write_text("tomogram,picks,diameter,beam_axis\nTS_1.mrc,p.csv,80,\n")
+    open_labelled(read_table(table), picker)
+    assert "row 2 of" in caplog.text
+    assert 'pass beam_axis="y" if the beam runs along y' in caplog.text
+    table.write_text("tomogram,picks,diameter,beam_axis\nTS_1.mrc,p.csv,80,y\n")
+    (one,) = open_labelled(read_table(table), picker)
+    made = one.ingest(tmp_path / "volumes")
+    assert made.volume.shape == (20, 32, 36)
+    np.testing.assert_allclose(made.centres, (CENTRES + 0.5) / 2 - 0.5, atol=1e-4)
+    table.write_text("tomogram,picks,diameter,beam_axis\nTS_1.mrc,p.csv,80,q\n")
+    with pytest.raises(SourceError, match=r"row 2 of .*beam_axis"):
+        open_labelled(read_table(table), picker)

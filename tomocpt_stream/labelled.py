@@ -14,7 +14,6 @@ from scipy.spatial import KDTree
 from tomocpt_stream.crops import Example, example
 from tomocpt_stream.doubt import find_doubtful
 from tomocpt_stream.errors import ActionableError, FormatError, SourceError
-from tomocpt_stream.formats import read_kinds
 from tomocpt_stream.heatmap import PickOptions
 from tomocpt_stream.known import open_region
 from tomocpt_stream.picks import Picks
@@ -22,6 +21,7 @@ from tomocpt_stream.pipeline import VOLUME, level_for, plan_pick, scratch_folder
 from tomocpt_stream.progress import Progress, silent
 from tomocpt_stream.receipts import config_hash
 from tomocpt_stream.tomogram import Tomogram, open_tomogram
+from tomocpt_stream.truth_files import TruthFiles, same_voxels
 from tomocpt_stream.volume import ingest
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from tomocpt_stream.heatmap import Contrast, Scorer
     from tomocpt_stream.known import Annotated, Region
     from tomocpt_stream.picker import Picker
+    from tomocpt_stream.tomogram import BeamAxis
 
 # A crop that is seen more often than this in an epoch is learnt by heart.
 _MOST_WEIGHT = 100.0
@@ -54,10 +55,10 @@ class LabelledTomogram:
     no pick explains.
 
     `tomogram` is open, or what `open_tomogram` takes; `picks` are in its voxels, or a file of any format
-    that `read_picks` knows: of several tomograms in it those of this one's name count, of several kinds
-    those of `particle`. `diameter` (longest axis, Å) sets the working grid; `contrast` says how protein
-    looks, "dark" or "bright". Tomograms of one `group` are all learnt from or all kept for validation;
-    without one a tomogram is a group by itself. `origin` is how errors call it.
+    that `read_picks` knows: of several tomograms in it those of this one's name count, or of its tilt
+    series', of several kinds those of `particle`. `diameter` (longest axis, Å) sets the working grid;
+    `contrast` says how protein looks, "dark" or "bright". Tomograms of one `group` are all learnt from or
+    all kept for validation; without one a tomogram is a group by itself. `origin` is how errors call it.
 
     `others` are particles of other kinds, picks or a file, or "*" for the other kinds of the file `picks`:
     half of the crops without a particle are drawn where they lie. `weight` is how often crops of this
@@ -77,6 +78,7 @@ class LabelledTomogram:
     others: Picks | str | Path | None = None
     weight: float = 1.0
     voxel_size: float | None = None
+    beam_axis: BeamAxis = "z"
 
     def __post_init__(self) -> None:
         """Refuse what no picker can be fed with."""
@@ -181,9 +183,11 @@ def open_labelled(items: Iterable[LabelledTomogram], picker: Picker) -> list[Ope
     """
     opened: list[Opened] = []
     seen: dict[str, str] = {}
+    items = list(items)
+    files = TruthFiles(use for item in items for use in _uses(item))
     for item in items:
         try:
-            one = _open(item, picker)
+            one = _open(item, picker, files)
         except (ActionableError, OSError) as error:
             kind = type(error) if isinstance(error, ActionableError) else SourceError
             raise _named(item, error, kind) from error
@@ -199,10 +203,19 @@ def open_labelled(items: Iterable[LabelledTomogram], picker: Picker) -> list[Ope
     return opened
 
 
-def _open(item: LabelledTomogram, picker: Picker) -> Opened:
+def _uses(item: LabelledTomogram) -> Iterator[tuple[str | Path, object]]:
+    """Yield the files of picks that an item names, each with what tells its tomogram from others."""
+    whole = item.tomogram
+    user = config_hash(whole.fingerprint) if isinstance(whole, Tomogram) else str(whole)
+    for path in (item.picks, item.others):
+        if path is not None and not isinstance(path, Picks) and path != OTHER_KINDS:
+            yield path, user
+
+
+def _open(item: LabelledTomogram, picker: Picker, files: TruthFiles) -> Opened:
     whole = item.tomogram
     if not isinstance(whole, Tomogram):
-        whole = open_tomogram(whole, voxel_size=item.voxel_size)
+        whole = open_tomogram(whole, voxel_size=item.voxel_size, beam_axis=item.beam_axis)
     voxel, extent = whole.frame.file_voxel_size, max(whole.frame.file_shape)
     if not 2 <= item.diameter / voxel <= extent:
         raise SourceError(
@@ -213,7 +226,9 @@ def _open(item: LabelledTomogram, picker: Picker) -> Opened:
     options = PickOptions(diameter=item.diameter)
     tomogram = level_for(whole, picker, options)
     grid, _ = plan_pick(tomogram, picker, options)
-    picks = _within(_truth(item, tomogram), tomogram, item.diameter)
+    for remark in tomogram.remarks():
+        _LOGGER.warning("%s: %s", item, remark)
+    picks = _within(_truth(item, tomogram, files), tomogram, item.diameter)
     if item.partial and not len(picks):
         raise SourceError(
             f"partial picks of {tomogram.name} without a single one",
@@ -231,7 +246,7 @@ def _open(item: LabelledTomogram, picker: Picker) -> Opened:
     region = None
     if item.annotated is not None:
         region, made["annotated"] = open_region(item.annotated, tomogram.frame, grid)
-    others = _others(item, tomogram, picks)
+    others = _others(item, tomogram, picks, files)
     if len(others):
         made["others"] = hashlib.sha256(others.tobytes()).hexdigest()
     made |= {"partial": True} if item.partial else {}
@@ -273,21 +288,21 @@ def _refuse_nowhere(opened: Opened) -> None:
     )
 
 
-def _others(item: LabelledTomogram, tomogram: Tomogram, picks: Picks) -> Points:
+def _others(item: LabelledTomogram, tomogram: Tomogram, picks: Picks, files: TruthFiles) -> Points:
     """Return the particles of other kinds, voxels of the file, without those that are of this kind."""
     if item.others is None:
         return _nowhere()
     if isinstance(item.others, Picks):
-        return _apart(_same_voxels(item.others, tomogram).zyx, picks, item.diameter, tomogram)
+        return _apart(same_voxels(item.others, tomogram).zyx, picks, item.diameter, tomogram)
     every = item.others == OTHER_KINDS
     path = item.picks if every and not isinstance(item.picks, Picks) else item.others
-    tables, names = _tables(item, path, tomogram)
-    chosen = [one.zyx for one in tables if not every or one.particle != item.particle]
+    tables = files.read(path, tomogram, own_voxels=item.voxel_size is not None)
+    chosen = [one.zyx for one in tables.own if not every or one.particle != item.particle]
     zyx = _apart(np.concatenate([_nowhere(), *chosen]), picks, item.diameter, tomogram)
     if not len(zyx):
         raise FormatError(
-            f"no other particles of {tomogram.name!r} in {path}; its tomograms are {_some(names)}; "
-            f"kinds {_some(sorted({table.particle for table in tables}))}",
+            f"no other particles of {tomogram.name!r} in {path}; its tomograms are {_some(tables.names)}; "
+            f"kinds {_some(tables.kinds)}",
             expected="particles that are not of this kind, of this tomogram by its name",
             remedy="leave others out, or correct the names",
         )
@@ -303,66 +318,28 @@ def _apart(zyx: Points, picks: Picks, diameter: float, tomogram: Tomogram) -> Po
     return apart
 
 
-def _same_voxels(picks: Picks, tomogram: Tomogram) -> Picks:
-    """Return picks that are in voxels of the tomogram, or refuse them."""
-    size, voxel_size = picks.voxel_size, tomogram.frame.file_voxel_size
-    if size is not None and not math.isclose(size, voxel_size, rel_tol=0.01):  # 10 Å for 10.012
-        raise SourceError(
-            f"picks in voxels of {size:g} Å of a tomogram with voxels of {voxel_size:g} Å",
-            expected="picks in the voxels of the tomogram, or a file of picks in Å",
-            remedy="give them in one of these, or say the tomogram's voxel_size if they count its voxels",
-        )
-    return picks
-
-
-def _tables(
-    item: LabelledTomogram, path: str | Path, tomogram: Tomogram, particle: str | None = None
-) -> tuple[list[Picks], list[str]]:
-    """Return the tables of a file that are of a tomogram, one a kind, and the names of all its tomograms."""
-    frame = tomogram.frame
-    tables = read_kinds(path, voxel_size=frame.file_voxel_size, shape=frame.file_shape, particle=particle)
-    # A file of one tomogram belongs to it whatever it is called there: the row says so.
-    names = sorted({table.tomogram for table in tables})
-    tables = [table for table in tables if len(names) == 1 or table.tomogram == tomogram.name]
-    if item.voxel_size is None:
-        _refuse_other_voxels(tables, path, tomogram, particle)
-    return tables, names
-
-
-def _refuse_other_voxels(
-    tables: list[Picks], path: str | Path, tomogram: Tomogram, particle: str | None
-) -> None:
-    """Refuse a file that says that it counts voxels of another size; what it has in Å fits any tomogram."""
-    try:
-        alone = read_kinds(path, particle=particle)
-    except FormatError:  # it does not say all that is needed, and takes the tomogram's word
-        return
-    said = {(one.tomogram, one.particle): one for one in alone}
-    for table in tables:
-        own = said.get((table.tomogram, table.particle))
-        if own is not None and len(own) and np.array_equal(own.zyx, table.zyx):
-            _same_voxels(own, tomogram)
-
-
-def _truth(item: LabelledTomogram, tomogram: Tomogram) -> Picks:
+def _truth(item: LabelledTomogram, tomogram: Tomogram, files: TruthFiles) -> Picks:
     """Return the picks of an item, in voxels of the tomogram's file."""
     if isinstance(item.picks, Picks):
-        return _same_voxels(item.picks, tomogram)
+        return same_voxels(item.picks, tomogram)
     wanted = item.particle or None
-    found, names = _tables(item, item.picks, tomogram, wanted)
-    if wanted is not None:
-        found = [table for table in found if table.particle in (wanted, "")]
-    if len(found) != 1:
-        kinds = sorted({table.particle for table in found})
-        raise FormatError(
-            f"{item.picks} has {len(found)} tables for {tomogram.name!r}"
-            + (f" of {wanted!r}" if wanted else "")
-            + f"; its tomograms are {_some(names)}"
-            + (f"; kinds {_some(kinds)}" if kinds else ""),
-            expected="one table: a tomogram by its name and one kind of particle",
-            remedy="correct the tomogram's name or the particle",
-        )
-    return found[0]
+    tables = files.read(item.picks, tomogram, particle=wanted, own_voxels=item.voxel_size is not None)
+    found = [table for table in tables.own if wanted is None or table.particle in (wanted, "")]
+    if len(found) == 1:
+        return found[0]
+    # A file without any pick, or one that has the tomogram, and this kind of particle only in others.
+    if not tables.names or (tables.listed and not found and wanted in tables.kinds):
+        _LOGGER.warning("%s: no particle in %s; all of it is learnt as background", item, item.picks)
+        return Picks(_nowhere(), np.zeros(0, np.float32), tomogram=tomogram.name)
+    kinds = sorted({table.particle for table in found or tables.own})
+    raise FormatError(
+        f"{item.picks} has {len(found)} tables for {tomogram.name!r}"
+        + (f" of {wanted!r}" if wanted else "")
+        + f"; its tomograms are {_some(tables.names)}"
+        + (f"; kinds {_some(kinds)}" if kinds else ""),
+        expected="one table: a tomogram by its name or its tilt series', and one kind of particle",
+        remedy="correct the tomogram's name or the particle; a tomogram that has none takes an empty file",
+    )
 
 
 def _within(picks: Picks, tomogram: Tomogram, diameter: float) -> Picks:

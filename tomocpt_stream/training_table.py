@@ -16,7 +16,17 @@ if TYPE_CHECKING:
     import os
 
 _NEEDED = ("tomogram", "picks", "diameter")
-_OPTIONAL = ("contrast", "particle", "group", "annotated", "partial", "others", "weight", "voxel_size")
+_OPTIONAL = (
+    "contrast",
+    "particle",
+    "group",
+    "annotated",
+    "partial",
+    "others",
+    "weight",
+    "voxel_size",
+    "beam_axis",
+)
 _COLUMNS = (*_NEEDED, *_OPTIONAL)
 _ANSWERS = {"": False, "no": False, "yes": True}
 
@@ -25,9 +35,9 @@ def read_table(path: str | os.PathLike[str]) -> list[LabelledTomogram]:
     """Return the labelled tomograms of a comma-separated table, whose first line names its columns.
 
     Columns: tomogram, picks, diameter (Å), and where wanted contrast, particle, group, annotated, partial
-    (yes or no), others, weight and voxel_size (Å), in any order. A box of `annotated` has its sides parted
-    by spaces, or by commas in quotes. Paths are relative to the folder of the table; addresses stay as they
-    are. No file of it is opened.
+    (yes or no), others, weight, voxel_size (Å) and beam_axis (z or y), in any order. A box of `annotated` has
+    its sides parted by spaces, or by commas in quotes. Paths are relative to the folder of the table;
+    addresses stay as they are. No file of it is opened.
 
     Raises FormatError, which names the row (the line of the file), where a row cannot be used.
     """
@@ -101,6 +111,7 @@ def _row(path: Path, line: int, head: list[str], row: list[str]) -> LabelledTomo
             others=places.get("others"),
             weight=weight,
             voxel_size=voxel_size,
+            beam_axis=cells.get("beam_axis", "z"),  # type: ignore[arg-type]  # refused there
         )
     except SourceError as error:
         raise FormatError(error.found, expected=error.expected, remedy=error.remedy) from error
