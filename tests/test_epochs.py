@@ -102,6 +102,7 @@ def test_from_five_groups_on_whole_ones_are_kept() -> None:
     groups = [f"g{k}" for k in range(10)] + ["g0"]
     parted = split(examples, groups, SMALL, seed=1)
     assert len({id(item) for item in [*parted.training, *parted.validation]}) == 11
+    assert parted.remarks[0].startswith(f"validation: {len(parted.validation)} of 11 tomograms (")
     held = {groups[examples.index(item)] for item in parted.validation}
     learnt = {groups[examples.index(item)] for item in parted.training}
     assert len(held) == 2

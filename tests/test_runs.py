@@ -67,17 +67,36 @@ def test_a_state_of_another_run_is_refused(tmp_path: Path) -> None:
 def test_a_folder_belongs_to_one_run(tmp_path: Path) -> None:
     claim(tmp_path / "a", {"epochs": 2, "examples": ["x"]})
     claim(tmp_path / "a", {"epochs": 2, "examples": ["x"]})
-    with pytest.raises(CheckpointError, match="differs in epochs"):
+    with pytest.raises(CheckpointError, match=r"differs in epochs 2 \(now 3\)"):
         claim(tmp_path / "a", {"epochs": 3, "examples": ["x"]})
     options = {"seed": 0, "sampling": {"radius": 10.0, "label": "binary"}}
     claim(tmp_path / "b", {"epochs": 2, "options": options})
     other = options | {"batch_size": 4, "sampling": {"radius": 8.0, "label": "binary"}}
-    with pytest.raises(CheckpointError, match="differs in radius, batch_size;"):
+    with pytest.raises(
+        CheckpointError, match=r"differs in radius 10.0 \(now 8.0\), batch_size none \(now 4\);"
+    ):
         claim(tmp_path / "b", {"epochs": 2, "options": other})
+    claim(tmp_path / "c", {"examples": ["x", "y", "z"]})
+    with pytest.raises(CheckpointError, match=r"differs in examples \(2 of 3\);"):
+        claim(tmp_path / "c", {"examples": ["x", "w", "z"]})
+    with pytest.raises(CheckpointError, match=r"differs in examples of 3 \(now of 1\);"):
+        claim(tmp_path / "c", {"examples": ["x"]})
     for text in ("{", "[]"):
         (tmp_path / "a" / "run.json").write_text(text)
         with pytest.raises(CheckpointError, match="choose another folder"):
             claim(tmp_path / "a", {"epochs": 2, "examples": ["x"]})
+
+
+def test_a_run_that_has_learnt_nothing_makes_way(tmp_path: Path) -> None:
+    """What was prepared in a folder is not lost to a mistake that the first attempt showed."""
+    begun = tmp_path / "run" / STATE
+    for epochs in (2, 3):
+        claim(tmp_path, {"epochs": epochs}, begun=begun)
+    begun.parent.mkdir()
+    begun.touch()
+    claim(tmp_path, {"epochs": 3}, begun=begun)
+    with pytest.raises(CheckpointError, match="differs in epochs"):
+        claim(tmp_path, {"epochs": 2}, begun=begun)
 
 
 def test_a_folder_is_held_by_one_process_at_a_time(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from tomocpt_stream.phantom import write_mrc
 from tomocpt_stream.picker import Picker, load_picker, picker_metadata
 from tomocpt_stream.picks import Picks
 from tomocpt_stream.pipeline import pick
+from tomocpt_stream.runs import STATE
 from tomocpt_stream.targets import WIDTHS, paint_box
 from tomocpt_stream.tomogram import Tomogram, open_tomogram
 from tomocpt_stream.training import fine_tune, train
@@ -287,21 +288,29 @@ def test_all_particles_are_learnt_from_where_none_is_kept_aside(
     assert made.fingerprint == _parent().fingerprint
     assert "validation: nothing, as asked" in caplog.text
     assert "last weights are kept" in caplog.text
+    _has_begun(tmp_path)
     with pytest.raises(CheckpointError, match="differs in validation"):
         run(tmp_path)
 
 
 def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
+    for epochs in (3, 2):  # which has learnt nothing yet
+        with pytest.raises(KeyboardInterrupt):
+            _tune(tmp_path, epochs=epochs, progress=_interrupt)
+    _has_begun(tmp_path)
+    with pytest.raises(CheckpointError, match="differs in examples"):
+        _tune(tmp_path, [_phantom(5)])
+    with pytest.raises(CheckpointError, match=r"differs in epochs 2 \(now 3\)"):
+        _tune(tmp_path, epochs=3)
     (tmp_path / "run.json").write_text("{")
     with pytest.raises(CheckpointError, match="choose another folder"):
         _tune(tmp_path)
-    (tmp_path / "run.json").unlink()
-    with pytest.raises(KeyboardInterrupt):
-        _tune(tmp_path, progress=_interrupt)
-    with pytest.raises(CheckpointError, match="differs in examples"):
-        _tune(tmp_path, [_phantom(5)])
-    with pytest.raises(CheckpointError, match="differs in epochs, steps;"):
-        _tune(tmp_path, epochs=3)
+
+
+def _has_begun(folder: Path) -> None:
+    """Make a folder look as if its run had learnt something."""
+    (folder / "run").mkdir(exist_ok=True)
+    (folder / "run" / STATE).touch()
 
 
 def _interrupt(*report: object) -> None:

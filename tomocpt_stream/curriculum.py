@@ -22,10 +22,11 @@ from tomocpt_stream.calibration import calibrate
 from tomocpt_stream.crops import Example, Sampling, example
 from tomocpt_stream.errors import PlanError, SourceError
 from tomocpt_stream.loop import learn
+from tomocpt_stream.network import ARCHITECTURES
 from tomocpt_stream.phantom import PhantomOptions, simulate_phantom
 from tomocpt_stream.picks import Picks
 from tomocpt_stream.progress import Progress, silent
-from tomocpt_stream.runs import claim
+from tomocpt_stream.runs import STATE, claim
 from tomocpt_stream.shapes import BLOB, SHAPES_TRAIN
 from tomocpt_stream.train_options import TrainOptions
 from tomocpt_stream.volume import ingest, open_volume
@@ -33,7 +34,7 @@ from tomocpt_stream.whole import write_whole
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from tomocpt_stream.blocks import Window
     from tomocpt_stream.loop import Listener
@@ -118,12 +119,14 @@ def train_base(
     claim(place / "tomograms", maps)
     asked = {"tomograms": len(seeds), "validation": len(held), "seed": recipe.seed}
     parent = {"parent": None if start is None else start.fingerprint}
-    claim(place / "run", asked | parent | maps | {"options": recipe.options.to_json()})
+    account = asked | parent | maps | {"options": recipe.options.to_json()}
+    claim(place / "run", account, begun=place / "run" / STATE)
     examples = prepare(place / "tomograms", drawn, workers=workers, progress=progress)
     record = {
         "command": (
             f"tomocpt-stream train --steps {recipe.options.steps} --tomograms {recipe.tomograms} "
             f"--validation {recipe.validation} --seed {recipe.seed}"
+            + "".join(f" {word}" for word in _unusual(recipe.options))
             + (" --maps FOLDER --held-maps FOLDER" if recipe.maps else "")
             + (" --picker PARENT" if start else "")
         ),
@@ -148,6 +151,16 @@ def train_base(
         listeners=listeners,
     )
     return calibrate(picker, examples[len(seeds) :], provenance=record, progress=progress) if held else picker
+
+
+def _unusual(options: TrainOptions) -> Iterator[str]:
+    """Yield what a command says of a run that has not the options of the shipped picker."""
+    usual = base_options()
+    if options.batch_size != usual.batch_size:
+        yield f"--batch-size {options.batch_size}"
+    names = [name for name, one in ARCHITECTURES.items() if one == options.architecture]
+    if options.architecture != usual.architecture:
+        yield f"--architecture {''.join(names) or 'OTHER'}"
 
 
 def _refuse_other(start: Picker, sampling: Sampling) -> None:

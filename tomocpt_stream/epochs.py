@@ -161,10 +161,11 @@ def split(examples: Sequence[Example], groups: Sequence[str], sampling: Sampling
     count = min(round(_SHARE * len(members)), len(able) - 1)
     chosen = {able[k] for k in np.random.default_rng([seed, 1]).permutation(len(able))[: max(0, count)]}
     names = ", ".join(sorted(chosen)) or "none, for too few have particles"
+    held = sum(len(members[group]) for group in chosen)
     return Split(
         [item for group, items in members.items() if group not in chosen for item in items],
         [item for group, items in members.items() if group in chosen for item in items],
-        (f"validation: {len(chosen)} of {len(members)} tomograms ({names})",),
+        (f"validation: {held} of {len(groups)} tomograms ({names})",),
     )
 
 

@@ -23,7 +23,7 @@ from tomocpt_stream.blocks import Window
 from tomocpt_stream.errors import CheckpointError, PlanError
 from tomocpt_stream.frame import RULES
 from tomocpt_stream.network import build_network, bytes_per_window, place, shift_answers
-from tomocpt_stream.whole import whole
+from tomocpt_stream.whole import settle, whole
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -157,6 +157,7 @@ class Picker:
         with whole(path) as temporary:
             # save_file would leave a file that only its owner can read, whatever the umask.
             temporary.write_bytes(self._serialised())
+            settle(temporary)
 
     def _serialised(self) -> bytes:
         """Return the bytes of the picker's file."""

@@ -15,7 +15,7 @@ from tomocpt_stream.errors import CheckpointError
 from tomocpt_stream.network import build_network
 from tomocpt_stream.picker import Picker
 from tomocpt_stream.train_options import Pace
-from tomocpt_stream.whole import PARTIAL, whole, write_whole
+from tomocpt_stream.whole import PARTIAL, settle, whole, write_whole
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -89,6 +89,8 @@ class Run:
         }
         with whole(self.folder / STATE) as temporary:
             torch.save(state, temporary)
+            settle(temporary)
+            settle(temporary)
 
     def _picker(self, validation: float | None) -> Picker:
         copy = build_network(self.options.architecture)
@@ -135,11 +137,15 @@ def alone_in(folder: Path) -> Iterator[None]:
         yield
 
 
-def claim(folder: Path, record: Mapping[str, Any]) -> None:
-    """Write down what the run in `folder` is, or raise CheckpointError where it is that of another run."""
+def claim(folder: Path, record: Mapping[str, Any], *, begun: Path | None = None) -> None:
+    """Write down what the run in `folder` is, or raise CheckpointError where it is that of another run.
+
+    Where the file `begun` is given and not there yet, nothing was learnt: the new account takes the place of
+    the old one, so that what was prepared in the folder is not lost to a corrected mistake.
+    """
     path = folder / "run.json"
     wanted = json.loads(json.dumps(dict(record)))
-    if not path.exists():
+    if not path.exists() or (begun is not None and not begun.exists()):
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(path, json.dumps(wanted, indent=1))
         return
@@ -162,5 +168,16 @@ def _differing(there: Mapping[str, Any], wanted: Mapping[str, Any]) -> Iterator[
         one, other = there.get(key), wanted.get(key)
         if isinstance(one, dict) and isinstance(other, dict):
             yield from _differing(one, other)
+        elif isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
+            places = [str(place) for place, (a, b) in enumerate(zip(one, other, strict=True), 1) if a != b]
+            if places:
+                yield f"{key} ({' '.join(places)} of {len(one)})"
         elif one != other:
-            yield key
+            yield f"{key} {_short(one)} (now {_short(other)})"
+
+
+def _short(value: Any) -> str:
+    """Return a value for a message: lists by their lengths, texts by their beginnings."""
+    if isinstance(value, (list, dict)):
+        return f"of {len(value)}"
+    return "none" if value is None else str(value)[:16]

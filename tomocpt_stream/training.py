@@ -23,7 +23,7 @@ from tomocpt_stream.network import build_network, named_architecture, start_quie
 from tomocpt_stream.picker import Picker, load_picker, picker_metadata
 from tomocpt_stream.progress import Progress, silent
 from tomocpt_stream.ranks import check_devices
-from tomocpt_stream.runs import claim
+from tomocpt_stream.runs import STATE, claim
 from tomocpt_stream.targets import WIDTHS
 from tomocpt_stream.train_options import Precision, Schedule, TrainOptions
 
@@ -125,15 +125,15 @@ def fine_tune(  # noqa: PLR0913  (a run is decided by what is asked here, and by
     `picker` itself is among those to choose from: where no epoch has a lower validation loss, it is
     returned with its own weights, and the log says so.
 
-    An epoch is every crop with a particle once, and as many without. From five tomograms on a fifth of
-    them is kept for validation, with fewer a slab of each; the log says which. Without augmentation given,
-    crops are flipped and turned by 90° about the beam. `folder` keeps working volumes, checkpoints (one
-    an epoch), curves and pictures; a run that was killed goes on there to the same picker. The rates rise
-    over the first steps, a tenth of all and at most 50, and then fall as a cosine ("plateau": are halved
+    An epoch is every crop with a particle once, and as many without. From five groups of tomograms on a
+    fifth of them is kept for validation, with fewer a slab of each; the log says which. Without
+    augmentation given, crops are flipped and turned by 90° about the beam. `folder` keeps working volumes,
+    checkpoints (one an epoch), curves and pictures; a run that was killed goes on there to the same picker.
+    The rates rise over the first steps, a tenth of all and at most 50, and then fall as a cosine ("plateau": are halved
     after `patience` epochs without a lower validation loss). `stop_after` ends the run after so many such
     epochs; 0 does not. `average` is the decay of a running average of the weights, 0 for none.
     `calibrate` shifts the scores so that 0.3 is the best threshold on the validation parts, if they have
-    10 particles. With `validation` False all particles are learnt from: the rates fall as a cosine, the
+    10 particles. With `validation` False all particles are learnt from: a plateau becomes a cosine, the
     last weights are returned, and the scores stay as they are. `devices` GPUs (without any: processes)
     divide the crops of a step among them; that takes the package lightning.
 
@@ -219,7 +219,8 @@ def _train(
     # What is not asked for is not in the account, so that earlier runs stay what they were.
     record |= {} if asked.validation else {"validation": False}
     parent = {"parent": asked.record["parent"]} if asked.tuning else {}
-    claim(asked.folder, parent | record | {"options": asked.options.to_json()})
+    whole, begun = parent | record | {"options": asked.options.to_json()}, asked.folder / "run" / STATE
+    claim(asked.folder, whole, begun=begun)
     scorer = asked.first if asked.tuning else None  # by its map a parent tells what was not labelled
     prepared = [one.ingest(asked.folder / "volumes", scorer=scorer, progress=progress) for one in opened]
     if asked.validation:
@@ -237,6 +238,7 @@ def _train(
     options = _stepped(asked.options, learnt, held)
     _say(parted, learnt, held, options)
     told: list[Listener] = [] if on_step is None else [OnStep(on_step)]
+    claim(asked.folder, whole, begun=begun)  # preparing takes hours: another run may have begun meanwhile
     with closing(Diary(asked.folder)) as diary:
         picker = learn(
             learnt,

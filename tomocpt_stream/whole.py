@@ -41,7 +41,13 @@ def write_whole(path: Path, text: str) -> None:
     with whole(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
-        os.fsync(file.fileno())  # a rename must not outlive the bytes it names
+        settle(temporary)
+
+
+def settle(path: Path) -> None:
+    """Wait until the bytes of a file are on the disk: a rename must not outlive what it names."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def write_together(files: Mapping[Path, bytes]) -> None:
