@@ -13,7 +13,7 @@ from tomocpt_stream import loop
 from tomocpt_stream.blocks import Window
 from tomocpt_stream.crops import Example, Sampling, draw_batch
 from tomocpt_stream.errors import CheckpointError, SourceError
-from tomocpt_stream.loop import Look, OnStep, Step, learn
+from tomocpt_stream.loop import Listener, Look, OnStep, Step, TimeOver, learn
 from tomocpt_stream.network import build_network, named_architecture
 from tomocpt_stream.picker import Picker, load_picker, picker_metadata
 from tomocpt_stream.runs import Run
@@ -106,6 +106,28 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(
     # A run that is finished is given back without a step.
     assert run("parts", none).fingerprint == unbroken.fingerprint
     assert not none.steps
+
+
+def test_a_run_that_was_ended_for_now_does_no_step_again(tmp_path: Path) -> None:
+    def run(folder: str, witness: _Witness, *others: Listener) -> Picker:
+        return learn(
+            [two_balls(0)],
+            validation=[two_balls(2)],
+            options=OPTIONS,
+            folder=tmp_path / folder,
+            listeners=[witness, *others],
+        )
+
+    def late(step: Step) -> None:
+        if step.step == 3:
+            raise TimeOver
+
+    first, rest = _Witness(), _Witness()
+    with pytest.raises(TimeOver):
+        run("parts", first, OnStep(late))
+    parts = run("parts", rest)
+    assert [step.step for step in (*first.steps, *rest.steps)] == [1, 2, 3, 4]
+    assert parts.fingerprint == run("whole", _Witness()).fingerprint
 
 
 def test_no_listener_misses_a_step_whose_state_was_not_written(

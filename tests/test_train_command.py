@@ -10,6 +10,8 @@ from tests.blobs import NamedBlobPicker
 from tomocpt_stream import curriculum, picker, train_command, training
 from tomocpt_stream.__main__ import main
 from tomocpt_stream.augmentation import Augmentation
+from tomocpt_stream.loop import Step
+from tomocpt_stream.network import named_architecture
 
 
 @pytest.fixture(autouse=True)
@@ -162,4 +164,61 @@ def test_outputs_of_another_kind_or_in_the_way_are_refused(seen: dict[str, Any])
     Path("own.safetensors").touch()
     words = "finetune mine.csv --folder lessons --output own.safetensors --picker own.safetensors"
     assert "own.safetensors" in _run(words, code=1).stderr
+    Path("maps").mkdir()
+    Path("maps/one.safetensors").touch()
+    for words in ("--picker own.safetensors --output own", "--maps maps --output maps/one"):
+        shown = _run(f"train --folder lessons {words}.safetensors", code=1).stderr
+        assert words.rpartition(" ")[2] in shown
+        assert "is an input" in shown
     assert not seen
+
+
+@pytest.mark.parametrize("words", ["finetune mine.csv", "train --table mine.csv"])
+def test_changes_of_crops_are_chosen_one_by_one(seen: dict[str, Any], words: str) -> None:
+    _table()
+    _run(f"{words} {OUT} --augment none,wedge=45,gamma=0.1")
+    assert seen["augmentation"] == Augmentation(wedge=45, gamma=0.1)
+    _run(f"{words} {OUT} --augment full,noise=0")
+    assert (seen["augmentation"].turns, seen["augmentation"].noise, seen["augmentation"].tilt) == (
+        True,
+        0,
+        15,
+    )
+    seen.clear()
+    for wrong in ("some", "full,", "full,tilt", "full,tilt=x", "turns,tilt=20", "turns,sharp=1"):
+        assert "--augment" in _run(f"{words} {OUT} --augment {wrong}", code=2).stderr
+    assert not seen
+
+
+def test_train_simulates_for_another_network(seen: dict[str, Any]) -> None:
+    _run(f"train {OUT} --architecture paper --batch-size 8")
+    options = seen["recipe"].options
+    assert (options.architecture, options.batch_size) == (named_architecture("paper"), 8)
+
+
+@pytest.mark.parametrize("words", ["finetune mine.csv", "train --table mine.csv", "train"])
+def test_a_run_ends_when_its_minutes_are_over(
+    seen: dict[str, Any], monkeypatch: pytest.MonkeyPatch, words: str
+) -> None:
+    _table()
+    told: list[int] = []
+
+    def steps(*_: Any, **asked: Any) -> None:
+        tell = asked["on_step"] if "on_step" in asked else asked["listeners"][-1].step
+        for number in range(1, 5):
+            told.append(number)
+            tell(Step(number, 4, 1, 0.5, 0.5, 0.0, 1.0, 1e-3, 1.0, 0.0, 0.5 if number == 2 else None))
+
+    for place, name in ((curriculum, "train_base"), (training, "train"), (training, "fine_tune")):
+        monkeypatch.setattr(place, name, steps)
+    now = iter([0.0, 31.0])
+    monkeypatch.setattr(train_command, "monotonic", lambda: float(next(now)))
+    shown = _run(f"{words} {OUT} --minutes 0.5", code=75)
+    assert "0.5 minutes are over; the same command goes on" in shown.output
+    assert told == [1]
+    told.clear()
+    now = iter([0.0, 60.0, 61.0])  # asked for at the beginning and after steps 1 and 3
+    _run(f"{words} {OUT} --minutes 1", code=75)
+    # Not after step 2, whose look at the validation crops is still to be told of.
+    assert told == [1, 2, 3]
+    assert not Path("mine.safetensors").exists()

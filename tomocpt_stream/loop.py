@@ -92,6 +92,10 @@ class Listener(Protocol):
         """Take note of a validation crop, once at each checkpoint."""
 
 
+class TimeOver(Exception):
+    """What a listener raises to end a run for now, after a step of which all have heard; the run goes on."""
+
+
 @dataclass(frozen=True)
 class OnStep:
     """A listener that tells a function of each step."""
@@ -338,10 +342,14 @@ def _look(run: Run, held: _Held, ranks: Ranks) -> float | None:
 def _kept(run: Run, ranks: Ranks, *, due: bool) -> Iterator[None]:
     """Write the state at the end, where it is due, and even where a listener raises.
 
-    A run that is killed in between does the step again, and so tells of it: no listener misses one.
+    A run that is killed in between does the step again, and so tells of it: no listener misses one. Who
+    raises TimeOver has heard of the step.
     """
     try:
         yield
+    except TimeOver:
+        due = True
+        raise
     finally:
         if due and ranks.rank == 0:
             run.keep_state()

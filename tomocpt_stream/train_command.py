@@ -6,6 +6,7 @@ import os
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -29,7 +30,8 @@ _FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 _TABLE = click.Path(exists=True, dir_okay=False, path_type=Path)
 # What is asked of simulated tomograms and what of a table; neither has a meaning for the other.
 _OF_PHANTOMS = ("steps", "tomograms", "validation", "workers", "maps", "held_maps", "picker")
-_OF_BOTH = ("table", "folder", "output", "seed", "devices")
+_OF_BOTH = ("table", "folder", "output", "seed", "devices", "minutes", "architecture", "batch_size")
+_TIME_OVER = 75  # as of a command that is to be tried again
 
 
 def _run_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -58,8 +60,34 @@ def _run_options(command: Callable[..., Any]) -> Callable[..., Any]:
             default=1,
             help="GPUs that share the crops of a step; takes the package lightning if more than 1.",
         ),
+        click.option(
+            "--minutes",
+            type=LENGTH,
+            help="End after so many, with exit code 75 and all that was done kept: the same command goes on.",
+        ),
     ]
     return add_options(options)(command)
+
+
+def _changes(context: click.Context, parameter: click.Parameter, text: str) -> Augmentation:
+    """Return the changes of crops that a text says: a name, and fields of `Augmentation` after it."""
+    from tomocpt_stream.augmentation import Augmentation
+
+    named, *fields = text.split(",")
+    full = {"scale": 0.15, "shift": 0.1, "noise": 0.2, "blur": 1.0, "sharpen": 0.5}
+    full |= {"tilt": 15.0, "zoom": 0.1, "filters": 0.2}
+    known: dict[str, dict[str, float]] = {"none": {}, "turns": {}, "full": full}
+    if named not in known:
+        raise click.BadParameter(f"{named!r} is none of {', '.join(known)}.", context, parameter)
+    try:
+        pairs = (field.split("=") for field in fields)
+        chosen: dict[str, Any] = known[named] | {name: float(number) for name, number in pairs}
+        return Augmentation(turns=named != "none", **chosen)
+    except (TypeError, ValueError, PlanError) as error:
+        numbers = ", ".join(one for one, kind in Augmentation.__annotations__.items() if kind == "float")
+        raise click.BadParameter(
+            f"{text!r} ({error}); fields are {numbers}, each with =NUMBER.", context, parameter
+        ) from error
 
 
 def _table_options(
@@ -102,9 +130,11 @@ def _table_options(
         ),
         click.option(
             "--augment",
-            type=click.Choice(["none", "turns", "full"]),
+            callback=_changes,
             default="turns",
-            help="turns: flips and 90° about the beam; full: small tilts, size, intensities, filters too.",
+            metavar="none|turns|full[,FIELD=NUMBER...]",
+            help="turns: flips and 90° about the beam; full: small tilts, size, intensities, filters too; "
+            "fields are those of Augmentation: full,wedge=45 leaves ±45° of tilts to half of the crops.",
         ),
         click.option(
             "--partial",
@@ -133,16 +163,16 @@ def _table_options(
 @click.option("--picker", default="base", metavar="NAME|FILE", help="The picker to begin with.")
 @_run_options
 @_table_options(epochs=20, learning_rate=5e-5, batch_size=4, schedule="cosine", stop_after=0)
-def finetune_command(table: Path | None, output: Path, augment: str, **settings: Any) -> None:
+def finetune_command(table: Path | None, output: Path, augment: Augmentation, **settings: Any) -> None:
     """Train a picker on with the tomograms and picks of TABLE.csv, of the portal (--portal), or of both.
 
     Columns of the table: tomogram, picks (any format that convert reads), diameter (longest axis, Å), and
     where wanted contrast (dark or bright), particle (one kind of a file that has several), group
     (tomograms that validation must not part), annotated (a mask, or a box such as 0:200 0:512 0:300 in
     voxels z y x: nothing is learnt outside), partial (yes: see --partial), others (picks of other kinds,
-    * for those of the same file: to be told apart), weight (1: how often it is seen) and voxel_size (Å,
-    where the header is wrong). Paths are relative to the table. Every particle of the kind should be in
-    the picks: what is not there is learnt as background.
+    * for those of the same file: to be told apart), weight (1: how often it is seen), voxel_size (Å, where
+    the header is wrong) and beam_axis (y: not turned yet). Paths are relative to the table. Every particle
+    of the kind should be in the picks: what is not there is learnt as background.
     """
     from tomocpt_stream.training import fine_tune
 
@@ -152,13 +182,12 @@ def finetune_command(table: Path | None, output: Path, augment: str, **settings:
     if not examples:
         raise click.UsageError("Give TABLE.csv or --portal: tomograms to learn from.")
 
-    settings["validation"] = settings.pop("validate")
+    settings["validation"], minutes = settings.pop("validate"), settings.pop("minutes")
 
     def made(progress: Progress, on_step: Callable[[Step], None]) -> Picker:
-        changes = _augmentation(augment)
-        return fine_tune(examples, augmentation=changes, progress=progress, on_step=on_step, **settings)
+        return fine_tune(examples, augmentation=augment, progress=progress, on_step=on_step, **settings)
 
-    _write(made, output, "finetune", f"picker, fine-tuned on {count(len(examples), 'tomogram')}")
+    _write(made, output, "finetune", f"picker, fine-tuned on {count(len(examples), 'tomogram')}", minutes)
 
 
 @click.command("train", short_help="Train a picker from nothing.")
@@ -174,7 +203,7 @@ def finetune_command(table: Path | None, output: Path, augment: str, **settings:
     "--architecture",
     type=click.Choice(["small", "paper"]),
     default="small",
-    help="With --table: 4.6 million weights, or the paper's 41 million.",
+    help="4.6 million weights, or the paper's 41 million.",
 )
 @click.option(
     "--label", type=click.Choice(["gaussian", "binary"]), default="gaussian", help="What is learnt."
@@ -210,33 +239,51 @@ def train_command(context: click.Context, /, table: Path | None, output: Path, *
     _refuse_idle(context, own=own)
     _refuse_place(output, settings["folder"])
     if not own:
+        from tomocpt_stream.destinations import refuse_overwriting
+
+        maps = [one for one in (settings["maps"], settings["held_maps"]) if one is not None]
+        files = [str(path) for folder in maps for path in folder.iterdir()]
+        refuse_overwriting([*files, *filter(None, [settings["picker"]])], output)
         phantoms = {name: settings[name] for name in (*_OF_PHANTOMS, "folder", "seed", "devices")}
-        _write(lambda *told: _base(*told, **phantoms), output, "train", "picker")
+        phantoms["architecture"] = settings["architecture"]
+        if context.get_parameter_source("batch_size") is ParameterSource.COMMANDLINE:
+            phantoms["batch_size"] = settings["batch_size"]  # whose default is that of a table
+        _write(lambda *told: _base(*told, **phantoms), output, "train", "picker", settings["minutes"])
         return
     from tomocpt_stream.training import train
 
     examples = _examples(table, output, [], settings)
-    changes = _augmentation(settings.pop("augment"))
+    minutes = settings.pop("minutes")
     validation = settings.pop("validate")  # --validation is a number of phantoms
     chosen = {name: value for name, value in settings.items() if name not in _OF_PHANTOMS}
-    chosen["validation"] = validation
+    chosen |= {"validation": validation, "augmentation": chosen.pop("augment")}
 
     def made(progress: Progress, on_step: Callable[[Step], None]) -> Picker:
-        return train(examples, augmentation=changes, progress=progress, on_step=on_step, **chosen)
+        return train(examples, progress=progress, on_step=on_step, **chosen)
 
-    _write(made, output, "train", f"picker, trained on {count(len(examples), 'tomogram')}")
+    _write(made, output, "train", f"picker, trained on {count(len(examples), 'tomogram')}", minutes)
 
 
 def _base(
-    progress: Progress, on_step: Callable[[Step], None], *, folder: Path, devices: int, **settings: Any
+    progress: Progress,
+    on_step: Callable[[Step], None],
+    *,
+    folder: Path,
+    devices: int,
+    architecture: str,
+    batch_size: int | None = None,
+    **settings: Any,
 ) -> Picker:
     """Return a picker trained by the recipe of the shipped one."""
     from tomocpt_stream.curriculum import Recipe, base_options, train_base
     from tomocpt_stream.diary import Diary
     from tomocpt_stream.loop import OnStep
+    from tomocpt_stream.network import named_architecture
     from tomocpt_stream.picker import load_picker
 
     options = base_options(steps=settings.pop("steps"), seed=settings["seed"])
+    options = replace(options, architecture=named_architecture(architecture))
+    options = replace(options, batch_size=batch_size or options.batch_size)
     workers, picker = settings.pop("workers"), settings.pop("picker")
     maps, held_maps = _maps(settings.pop("maps")), _maps(settings.pop("held_maps"))
     with closing(Diary(folder)) as diary:
@@ -320,26 +367,39 @@ def _refuse_place(output: Path, folder: Path) -> None:
         )
 
 
-def _augmentation(name: str) -> Augmentation:
-    from tomocpt_stream.augmentation import Augmentation
-
-    if name == "full":
-        kept = Augmentation(turns=True, scale=0.15, shift=0.1, noise=0.2, blur=1.0, sharpen=0.5)
-        return replace(kept, tilt=15.0, zoom=0.1, filters=0.2)
-    return Augmentation(turns=name == "turns")
-
-
 def _write(
-    made: Callable[[Progress, Callable[[Step], None]], Picker], output: Path, stage: str, what: str
+    made: Callable[[Progress, Callable[[Step], None]], Picker],
+    output: Path,
+    stage: str,
+    what: str,
+    minutes: float | None,
 ) -> None:
-    """Make a picker, showing how it comes along, and write it."""
-    with show_progress() as progress:
+    """Make a picker, showing how it comes along, and write it; end where so many minutes are over."""
+    from tomocpt_stream.loop import TimeOver
+
+    end = None if minutes is None else monotonic() + 60 * minutes
+
+    def refuse_late() -> None:
+        if end is not None and monotonic() > end:
+            raise TimeOver
+
+    with show_progress() as shown:
+
+        def progress(stage: str, done: int, total: int) -> None:
+            shown(stage, done, total)
+            refuse_late()
 
         def listen(step: Step) -> None:
-            progress(stage, step.step, step.steps)
+            shown(stage, step.step, step.steps)
             if step.validation is not None:
                 click.echo(f"step {step.step}: loss {step.loss:.5f}, validation {step.validation:.5f}")
+            elif step.step < step.steps:  # not where a look at the validation crops is still to be told of
+                refuse_late()
 
-        picker = made(progress, listen)
+        try:
+            picker = made(progress, listen)
+        except TimeOver:
+            click.echo(f"{minutes:g} minutes are over; the same command goes on")
+            click.get_current_context().exit(_TIME_OVER)
     picker.save(output)
     click.echo(f"{what} -> {output}")
