@@ -17,6 +17,7 @@ import json
 import os
 import platform
 import shutil
+import subprocess
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -29,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from paper_experiments import EXPERIMENTS, FULL, SMALL, TINY, Preset, Trial, run_trial, specs_of
-from paper_methods import Bench
+from paper_methods import Bench, Network, acquaintance
 from paper_page import Pages
 from paper_scenes import OTHERS, PARTICLES, open_scene
 
@@ -85,10 +86,11 @@ def main() -> int:
             flush=True,
         )
     _write(folder / "rows", rows)
-    page = Pages(bench, folder).write(rows, _head(asked, preset))
+    page = Pages(bench, folder).write(rows, _head(asked, preset, trials))
     print(page.read_text())
     if asked.write:
-        publish(folder, f"paper_{preset.name}_{hardware()}_{date.today():%Y%m}")
+        name = preset.name if networks(trials) else "matching"
+        publish(folder, f"paper_{name}_{hardware()}_{date.today():%Y%m}")
     if len(rows) < len(trials):
         print(f"time is over after {len(rows)} of {len(trials)} trials; the same command goes on")
         return PART_OVER
@@ -191,24 +193,39 @@ def publish(folder: Path, name: str) -> None:
     (RESULTS / f"{name}.md").write_text(text)
 
 
-def _head(asked: argparse.Namespace, preset: Preset) -> list[str]:
+def networks(trials: list[Trial]) -> bool:
+    """Return whether a network picks in any of the trials."""
+    return any(isinstance(method, Network) for trial in trials for method in trial.methods)
+
+
+def _head(asked: argparse.Namespace, preset: Preset, trials: list[Trial]) -> list[str]:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{asked.threads} CPU threads"
-    picker = load_picker(asked.picker)
-    learnt = {Path(one["name"]).stem for one in picker.metadata["provenance"].get("maps", [])}
-    known = [name for name, one in PARTICLES.items() if Path(one.map).name in learnt]
+    picker, taught = load_picker(asked.picker), networks(trials)
+    maps = {name: one.map for name, one in PARTICLES.items()} | {f"{one} (in cells)": one for one in OTHERS}
     words = [Path(word).name if "/" in word else word for word in sys.argv[1:]]
+    matching = f"matching by {preset.angle:g}° on volumes binned {preset.binning} times"
+    fields = f"preset {preset.name}: fields {preset.width:g} diameters wide, {preset.tests} test tomograms, "
     return [
-        "# The paper's experiments in simulation",
+        "# The paper's experiments in simulation" + ("" if taught else ": matching and Gaussians alone"),
         "",
-        f"- {date.today().isoformat()}, picker {picker.fingerprint[:16]}, "
-        f"torch {torch.__version__}, {platform.machine()}, {device}",
+        f"- {date.today().isoformat()}, commit {commit()}"
+        + (f", picker {picker.fingerprint[:16]}" if taught else "")
+        + f", torch {torch.__version__}, {platform.machine()}, {device}",
         f"- `python benchmarks/{Path(__file__).name} {' '.join(words)}`",
-        f"- preset {preset.name}: fields {preset.width:g} diameters wide, {preset.tests} test tomograms, "
-        f"matching by {preset.angle:g}° on volumes binned {preset.binning} times",
-        f"- the picker has learnt from the maps of {', '.join(known) or 'none of these particles'}",
+        f"- {fields if any(trial.experiment != 'rivals' for trial in trials) else ''}{matching}",
+        *([acquaintance(picker, maps)] if taught else []),
         "- each at its best threshold; picks 0.75 diameters apart, matched one to one within half a diameter",
-        "- distances in shares of the diameter; CPU seconds of the last part of a trial, training included",
+        "- distances in shares of the diameter (their mean is what the paper's equation 13 calls RMSE); CPU "
+        "seconds of the last part of a trial, training included",
+        "- averages of what was picked (figure 4) take RELION and M, and are not here",
     ]
+
+
+def commit() -> str:
+    """Return the commit that a page is printed by."""
+    git = ["git", "rev-parse", "--short", "HEAD"]
+    done = subprocess.run(git, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"
 
 
 if __name__ == "__main__":

@@ -26,11 +26,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from bench_paper import PART_OVER, PartOver, clock, hardware, publish
-from paper_methods import FLOOR, digest
-from sim10a_lessons import Lesson, teach
+from bench_paper import PART_OVER, PartOver, clock, commit, hardware, publish
+from paper_methods import FLOOR, acquaintance, digest
+from sim10a_lessons import Lesson, teach, waited
 from sim10a_page import write_page
-from sim10a_scenes import CLASSES, Kind, Scene, more_scene, open_scene
+from sim10a_scenes import CLASSES, KINDS, Kind, Scene, more_scene, open_scene
 from sim10a_scores import pooled, zero_shot
 
 from tomocpt_stream import Picker, PickOptions, Picks, load_picker, pick
@@ -96,12 +96,11 @@ class Bench:
             lesson, lessons, kind, parent=parent, folder=self.folder / "lessons", tick=self.tick
         )
         found = [self.candidates(picker, scene, kind) for scene in tests]
-        row = pooled(
-            {picks.tomogram: picks for picks, _ in found},
-            {scene.name: scene.truth[kind.name] for scene in tests},
-            diameter=kind.diameter,
-        )
+        row = _pooled(found, tests, kind)
+        learnt = [self.candidates(picker, scene, kind) for scene in lessons[: len(_LESSONS)]]
+        row["f1_learnt"] = _pooled(learnt, lessons[: len(_LESSONS)], kind)["f1"]
         cost = {name: sum(one[name] for _, one in found) for name in ("windows", "core_seconds")}
+        row["waited"] = waited(self.folder / "lessons" / lesson.key)
         asked = {"part": "tuned", "kind": kind.name, "picker": picker.fingerprint, "name": lesson.name}
         whole = asked | row | cost | {"lesson": asdict(lesson), "account": account}
         return self._kept(f"tuned_{lesson.key}", whole)
@@ -137,6 +136,14 @@ class Bench:
         (self.folder / "rows").mkdir(parents=True, exist_ok=True)
         write_whole(self.folder / "rows" / f"{name}.json", json.dumps(row, indent=1))
         return row
+
+
+def _pooled(found: Sequence[tuple[Picks, Any]], scenes: Sequence[Scene], kind: Kind) -> dict[str, Any]:
+    return pooled(
+        {picks.tomogram: picks for picks, _ in found},
+        {scene.name: scene.truth[kind.name] for scene in scenes},
+        diameter=kind.diameter,
+    )
 
 
 def main() -> int:
@@ -254,14 +261,12 @@ def _lesson(asked: argparse.Namespace, kind: Kind, picker: Picker) -> Lesson:
 
 def _head(asked: argparse.Namespace, picker: Picker) -> list[str]:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{asked.threads} CPU threads"
-    maps = [Path(one["name"]).stem for one in picker.metadata["provenance"].get("maps", [])]
-    known = [kind.name for kind in CLASSES.values() if Path(kind.map).name in maps]
     words = [Path(word).name if "/" in word else word for word in sys.argv[1:]]
     return [
-        f"- {date.today().isoformat()}, picker {picker.fingerprint[:16]}, torch {torch.__version__}, "
-        f"{platform.machine()}, {device}",
+        f"- {date.today().isoformat()}, commit {commit()}, picker {picker.fingerprint[:16]}, "
+        f"torch {torch.__version__}, {platform.machine()}, {device}",
         f"- `python benchmarks/{Path(__file__).name} {' '.join(words)}`",
-        f"- the picker has learnt from the maps of {', '.join(known) or 'none of these particles'}",
+        acquaintance(picker, {kind.name: kind.map for kind in KINDS}),
         "- picks 0.75 diameters apart; pairs one to one, within half a diameter",
     ]
 

@@ -266,6 +266,7 @@ def run_trial(trial: Trial, bench: Bench) -> dict[str, Any]:
         rows.append(
             row
             | {"method": asdict(method), "candidates": [_key(method, spec, bench) for spec in trial.scenes]}
+            | {"unchanged": isinstance(method, Network) and method.unchanged(bench)}
             | cost
         )
     best = max(rows, key=lambda row: float(row["f1"]))

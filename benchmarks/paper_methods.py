@@ -32,7 +32,7 @@ from tomocpt_stream import (
 from tomocpt_stream.pipeline import plan_pick
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
     import numpy.typing as npt
@@ -93,6 +93,12 @@ class Network:
             mask=scene.mask if self.masked else None,
             keep_heatmap=str(bench.folder / "maps" / f"{name}.zarr"),
         )
+
+    def unchanged(self, bench: Bench) -> bool:
+        """Return whether a lesson left the shipped picker as it was: no epoch had a lower validation loss."""
+        if self.start != "shipped" or not self.lessons:
+            return False
+        return self.picker(bench).fingerprint == load_picker(bench.picker).fingerprint
 
     def picker(self, bench: Bench) -> Picker:
         """Return the picker, taught where it is to be taught; lessons that were begun go on."""
@@ -186,6 +192,17 @@ class Gaussians:
 
 
 Method = Network | Matching | Gaussians
+
+
+def acquaintance(picker: Picker, maps: Mapping[str, str]) -> str:
+    """Return a line on which of some density maps, by name, a picker has learnt from or was chosen by."""
+    kept = picker.metadata["provenance"]
+    words = []
+    for key, what in (("maps", "has learnt from the maps of"), ("held_maps", "was chosen and calibrated by")):
+        known = {one["name"].partition(".")[0] for one in kept.get(key, [])}
+        found = [name for name, map_ in maps.items() if map_.rpartition("/")[2] in known]
+        words.append(f"{what} {', '.join(found) or 'none'}")
+    return f"- of the particles here the picker {'; it '.join(words)}"
 
 
 def gaussians() -> tuple[Gaussians, ...]:

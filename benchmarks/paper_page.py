@@ -12,7 +12,8 @@ from paper_experiments import candidates_at
 from paper_scenes import PARTICLES, SceneSpec
 from paper_scores import LEVELS
 
-from tomocpt_stream import open_heatmap
+from tomocpt_stream import open_heatmap, open_tomogram
+from tomocpt_stream.mask import inside
 from tomocpt_stream.report import mean_slice
 
 if TYPE_CHECKING:
@@ -44,6 +45,9 @@ _HEAD = (
     "| particle | Å | who | threshold | picks of | precision | recall | F1 | 95 % | F1 at 0.3 "
     "| median distance | mean | rotation ° | cpu s |"
 )
+
+
+_UNCHANGED = " (unchanged)"
 
 
 @dataclass(frozen=True)
@@ -138,6 +142,10 @@ class Pages:
         low, high = (float(value) for value in np.percentile(image, (1, 99)))
         axis.imshow(image, cmap="gray", vmin=low, vmax=high)
         picks = candidates_at(self.bench, row["candidates"][0]).above(row["threshold"])
+        if row["experiment"] == "mask" and scene.mask is not None:
+            picks = picks.take(inside(picks, str(scene.mask)))
+            marks = mean_slice(open_tomogram(scene.mask), 0, slice(round(z), round(z) + 1))
+            axis.contour(marks, levels=[0.5], colors="white", linewidths=0.7)
         near = np.abs(picks.zyx[:, 0] - z) < radius
         size = 2 * np.sqrt(np.maximum(radius**2 - (picks.zyx[near, 0] - z) ** 2, 0))
         circles = EllipseCollection(
@@ -168,7 +176,7 @@ def table(rows: list[Row]) -> list[str]:
         cells = [
             row["case"],
             f"{row['diameter']:g}",
-            row["who"],
+            row["who"] + (_UNCHANGED if row.get("unchanged") else ""),
             f"{row['threshold']:.3f}",
             f"{row['picks']} of {row['truth']}",
             *(f"{row[name]:.3f}" for name in ("precision", "recall", "f1")),
@@ -179,6 +187,11 @@ def table(rows: list[Row]) -> list[str]:
             f"{row['cpu_seconds']:.0f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
+    if any(row.get("unchanged") for row in rows):
+        lines += [
+            "",
+            f"{_UNCHANGED.strip()}: no epoch had a lower validation loss: it is the shipped picker.",
+        ]
     return lines
 
 

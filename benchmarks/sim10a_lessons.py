@@ -8,6 +8,7 @@ import time
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+import pandas as pd
 from paper_methods import digest
 
 from tomocpt_stream import LabelledTomogram, Picker, fine_tune, load_picker
@@ -190,6 +191,15 @@ def teach(
     temporary.write_text(json.dumps(record, indent=1))
     temporary.replace(account)
     return picker, record
+
+
+def waited(folder: Path) -> float | None:
+    """Return the share of a run's time in which its network had no crops, by its curves; None without."""
+    path = folder / "curves.csv"
+    if not path.exists():
+        return None
+    curves = pd.read_csv(path)
+    return float(curves["waited"].sum() / curves["seconds"].sum())
 
 
 class _Watch:

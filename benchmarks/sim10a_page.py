@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from sim10a_lessons import Lesson
 from sim10a_scenes import CLASSES, SEED
 
 from tomocpt_stream.whole import whole, write_whole
@@ -30,11 +31,11 @@ _ZERO = (
 )  # fmt: skip
 _TUNED = (
     "class", "lesson", "F1", "95 %", "aim", "reached", "threshold", "precision", "recall", "elsewhere",
-    "F1 at 0.3", "95 %", "sim_val_1", "median distance %", "mean %", "of",
+    "F1 at 0.3", "95 %", "sim_val_1", "on its lessons", "median distance %", "mean %", "of",
 )  # fmt: skip
 _COST = (
     "class", "lesson", "voxel Å", "particles learnt from", "for validation", "of", "crops an epoch", "steps",
-    "core s a step", "core h to learn", "windows", "core s a window", "core h to pick",
+    "core s a step", "waited %", "core h to learn", "windows", "core s a window", "core h to pick",
 )  # fmt: skip
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#999999")
 
@@ -99,6 +100,7 @@ def tuned_table(rows: Sequence[Row]) -> list[str]:
                     f"{row['f1_calibrated']:.3f}",
                     _between(row["interval_calibrated"]),
                     f"{row['f1_of_tomograms']['sim_val_1']:.2f}",
+                    f"{row['f1_learnt']:.2f}" if "f1_learnt" in row else "",
                     *(_percent(row[name]) for name in ("median_distance", "mean_distance")),
                     f"{row['truth']} in {row['tomograms']}",
                 ]
@@ -124,6 +126,7 @@ def cost_table(rows: Sequence[Row]) -> list[str]:
                         for name in ("voxel_size", "learnt", "kept", "particles", "crops", "steps_in_all")
                     ),
                     f"{a_step:.1f}" if a_step else "",
+                    _percent(row.get("waited")),
                     f"{a_step * steps / 3600:.2f}" if a_step else "",
                     str(row["windows"]),
                     f"{a_window:.2f}",
@@ -135,8 +138,25 @@ def cost_table(rows: Sequence[Row]) -> list[str]:
         *lines,
         "",
         "Core seconds are those of all threads; a step has the share of the looks at the validation crops "
-        "that fell to it. Particles near a cut may be in both parts or, in the gap, in none.",
+        "that fell to it. Waited: the share of a run's time in which the network had no crops. Particles "
+        "near a cut may be in both parts or, in the gap, in none.",
     ]
+
+
+def command(row: Row) -> str:
+    """Return the command of a lesson, without where its files lie."""
+    lesson = row["lesson"]
+    words = [f"--only {row['kind']} --tomograms {row['tomograms'] - 1}"]
+    words.append(f"--steps {lesson['steps']}" if lesson["steps"] else f"--epochs {lesson['epochs']}")
+    for name, option in (("rate", "rate"), ("batch", "batch"), ("precision", "precision"), ("seed", "seed")):
+        if lesson[name] != getattr(Lesson, name):
+            words.append(f"--{option} {lesson[name]}")
+    for name, option in (("radius", "radius"), ("average", "average"), ("more", "lessons")):
+        words += [f"--{option} {lesson[name]:g}"] if lesson.get(name) else []
+    words += [f"--{name}" for name in ("others", "validate") if lesson[name]]
+    changes = " ".join(f"{name}={value:g}" for name, value in lesson["augment"])
+    words += [f"--augment {changes}"] if changes else []
+    return f"bench_sim10a.py --part tuned {' '.join(words)}"
 
 
 def reached(row: Row, aim: float) -> str:
@@ -155,9 +175,11 @@ def _notes(rows: Sequence[Row]) -> list[str]:
         "F1 is the highest over the threshold, chosen on these tomograms; elsewhere: each tomogram at the "
         "threshold that is best for the others. Intervals are bootstraps over tomograms and, in each, over "
         "particles, at a fixed threshold; one that ends at 1 has seen no error to draw. Distances are of the "
-        "pairs at the highest F1, in % of the diameter. Tomograms: sim_val_1, and others of the same make "
-        f"whose seeds count from {SEED}. A lesson's name says the options that it was run with, each in a "
-        "command of its own in the same folder.",
+        "pairs at the highest F1, in % of the diameter. On its lessons: the highest F1 on the two tomograms "
+        "that every lesson has. Tomograms: sim_val_1, and others of the same make whose seeds count from "
+        f"{SEED}. Each row is of a command of its own in the same folder:",
+        "",
+        *(f"- `{command(row)}`" for row in rows),
         "",
         f"{told} {_but(wide, rows)}; {near} {_but(far, rows)}.",
     ]

@@ -52,7 +52,7 @@ def _class(name: str, count: int, aim: float) -> Kind:
     return Kind(name, PARTICLES[name].map, count, PARTICLES[name].diameter, aim)
 
 
-_ALL = (  # from the largest to the smallest: in this order they find room
+KINDS = (  # from the largest to the smallest: in this order they find room
     _class("virus-like-particle", 6, 0.95),
     _class("ribosome", 14, 0.95),
     _class("thyroglobulin", 12, 0.90),
@@ -62,7 +62,7 @@ _ALL = (  # from the largest to the smallest: in this order they find room
     _class("apo-ferritin", 20, 0.95),
     _class("rubisco", 14, 0.80),
 )
-CLASSES = {one.name: one for one in _ALL if one.aim}
+CLASSES = {one.name: one for one in KINDS if one.aim}
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,7 +102,7 @@ def open_scene(folder: Path, name: str) -> Scene:
     return Scene(open_tomogram(folder / f"{name}.mrc", name=name), truth)
 
 
-def more_scene(number: int, *, data: Path, folder: Path, kinds: Sequence[Kind] = _ALL) -> Scene:
+def more_scene(number: int, *, data: Path, folder: Path, kinds: Sequence[Kind] = KINDS) -> Scene:
     """Return a tomogram of the same make as the files, simulated into `folder` unless it is there."""
     name = f"more_{number}"
     if not (folder / f"{name}.json").exists():
@@ -115,7 +115,7 @@ def more_scene(number: int, *, data: Path, folder: Path, kinds: Sequence[Kind] =
     return open_scene(folder, name)
 
 
-def options_of(number: int, data: Path, kinds: Sequence[Kind] = _ALL) -> PhantomOptions:
+def options_of(number: int, data: Path, kinds: Sequence[Kind] = KINDS) -> PhantomOptions:
     """Return how a tomogram of this number is made: nothing but the particles lies in its ice."""
     snr, defocus = _OPTICS[number % len(_OPTICS)]
     each = [str(data / f"{kind.map}.mrc") for kind in kinds for _ in range(kind.count)]
@@ -135,7 +135,7 @@ def options_of(number: int, data: Path, kinds: Sequence[Kind] = _ALL) -> Phantom
     )
 
 
-def record_of(phantom: Phantom, kinds: Sequence[Kind] = _ALL) -> dict[str, Any]:
+def record_of(phantom: Phantom, kinds: Sequence[Kind] = KINDS) -> dict[str, Any]:
     """Return the truth of a phantom in the form of the files."""
     named = {kind.map.rpartition("/")[2]: kind.name for kind in kinds}
     return {

@@ -12,13 +12,13 @@ import paper_experiments
 import paper_methods
 import pytest
 from paper_experiments import EXPERIMENTS, FULL, SMALL, Trial, run_trial
-from paper_methods import Bench, Gaussians, Matching, Network, binned
+from paper_methods import Bench, Gaussians, Matching, Network, acquaintance, binned
 from paper_page import Pages, sweep_table
 from paper_scenes import SceneSpec
 from paper_scores import scored
 from template_matching import Matched
 
-from tomocpt_stream import Picker, Picks, Window
+from tomocpt_stream import Picker, Picks, Window, load_picker
 from tomocpt_stream.mask import inside
 from tomocpt_stream.network import build_network, named_architecture
 from tomocpt_stream.phantom import write_mrc
@@ -152,10 +152,14 @@ def test_a_network_learns_from_nothing_and_its_map_is_kept(bench: Bench) -> None
     )
     assert (bench.folder / "maps" / f"{row['candidates'][0]}.zarr").is_dir()
     rows = [row, row | {"who": "gaussian labels"}]
-    rows += [row | {"experiment": name} for name in ("tuning", "crowded", "mask")]
+    rows += [
+        row | {"experiment": name, "unchanged": name == "mask"} for name in ("tuning", "crowded", "mask")
+    ]
     page = Pages(bench, bench.folder / "page").write(rows, ["# Head"])
     text = page.read_text()
     assert "Threshold sweep" in text
+    assert text.count("binary labels (unchanged)") == 1
+    assert "it is the shipped picker" in text
     assert all(f"{row[name]:.3f}" in text for name in ("f1", "threshold"))
     for name in ("labels", "tuning", "thresholds", "crowded", "mask"):
         assert (page.parent / f"{name}.png").stat().st_size > 5000
@@ -179,6 +183,30 @@ def test_the_sweep_table_says_what_is_left_above_each_threshold() -> None:
     assert cells[1] == cells[2] == "1.00 / 1.00 / 1.00"
     assert cells[4] == "1.00 / 0.50 / 0.67"  # strictly above 0.5
     assert cells[8] == "1.00 / 0.25 / 0.40"
+
+
+def test_a_lesson_that_helped_nothing_leaves_the_shipped_picker(bench: Bench) -> None:
+    shipped = load_picker("base")
+    own = replace(bench, picker=str(bench.folder / "own.safetensors"))
+    shipped.save(own.picker)
+
+    class Taught(Network):
+        def picker(self, bench: Bench) -> Picker:
+            return shipped.shifted(1.0) if self.epochs else shipped
+
+    assert not Network().unchanged(own)
+    assert not Network("nothing", (FIELD,)).unchanged(own)
+    assert Taught("shipped", (FIELD,)).unchanged(own)
+    assert not Taught("shipped", (FIELD,), 1).unchanged(own)
+
+
+def test_a_page_says_which_maps_its_picker_knows() -> None:
+    picker = load_picker("base")
+    maps = {"beta-galactosidase": "maps_10A/1f4a", "rubisco": "maps_5A/1bxn", "proteasome": "maps_5A/3j9i"}
+    assert acquaintance(picker, maps) == (
+        "- of the particles here the picker has learnt from the maps of proteasome; it was chosen and "
+        "calibrated by beta-galactosidase"
+    )
 
 
 @pytest.mark.parametrize("preset", [SMALL, FULL])
@@ -214,7 +242,10 @@ def test_a_part_ends_in_time_and_shows_what_is_done(
     assert bench_paper.main() == 0
     rows = json.loads((bench.folder / "small" / "rows" / "rivals.json").read_text())
     assert [row["who"] for row in rows] == ["7", "1"]
-    assert "| apo-ferritin | 130 | 7 |" in (bench.folder / "small" / "page.md").read_text()
+    page = (bench.folder / "small" / "page.md").read_text()
+    assert "| apo-ferritin | 130 | 7 |" in page
+    assert "matching and Gaussians alone" in page
+    assert "picker" not in page
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,7 @@ import pytest
 import sim10a_lessons
 from bench_paper import PART_OVER
 from matplotlib.figure import Figure
-from sim10a_lessons import Lesson, survey, with_radius
+from sim10a_lessons import Lesson, survey, waited, with_radius
 from sim10a_page import cost_table, reached, tuned_table, write_page, zero_table
 from sim10a_scenes import CLASSES, Kind, Scene, more_scene, open_scene, options_of
 from sim10a_scores import (
@@ -353,11 +353,14 @@ def test_the_command_goes_on_where_it_ended_and_keeps_rows_of_other_lessons(
     assert not picked
     monkeypatch.setattr(sys, "argv", [*common, "--steps", "5"])
     assert bench_sim10a.main() == 0
-    assert (taught[0]["epochs"], picked) == (1, ["sim_val_1", "sim_val_1"])
+    assert (taught[0]["epochs"], picked) == (
+        1,
+        ["sim_val_1", "sim_val_1", "sim_train_1", "sim_train_2"],
+    )
     assert [one.tomogram.name for one in taught[0]["examples"]] == ["sim_train_1", "sim_train_2"]
     first = (folder / "page.md").read_text()
     assert bench_sim10a.main() == 0
-    assert (len(taught), len(picked)) == (1, 2)
+    assert (len(taught), len(picked)) == (1, 4)
     assert (folder / "page.md").read_text() == first
 
     monkeypatch.setattr(sys, "argv", [*common, "--others", "--epochs", "3"])
@@ -366,6 +369,9 @@ def test_the_command_goes_on_where_it_ended_and_keeps_rows_of_other_lessons(
     page = (folder / "page.md").read_text()
     assert "5 steps" in page
     assert "3 epochs, others" in page
+    for words in ("--steps 5", "--epochs 3 --others"):
+        line = f"- `bench_sim10a.py --part tuned --only virus-like-particle --tomograms 0 {words}`"
+        assert line in page
     numbers: list[int] = []
 
     def made(_: Any, number: int) -> Scene:
@@ -422,7 +428,8 @@ def tuned_row(**changes: Any) -> dict[str, Any]:
         "threshold": 0.4, "precision": 0.8, "recall": 0.76, "f1_elsewhere": None, "f1_calibrated": 0.75,
         "interval_calibrated": [0.7, 0.8], "f1_of_tomograms": {"sim_val_1": 0.8}, "median_distance": 0.05,
         "mean_distance": 0.07, "truth": 14, "tomograms": 1, "windows": 10, "core_seconds": 5.0,
-        "curve": [[0.0, 1.0], [1.0, 0.5]],
+        "curve": [[0.0, 1.0], [1.0, 0.5]], "lesson": asdict(Lesson("rubisco", "0" * 64)), "waited": 0.004,
+        "f1_learnt": 0.97,
     }  # fmt: skip
     return row | changes
 
@@ -444,6 +451,25 @@ def test_the_page_says_what_cannot_be_resolved_and_where_distances_are_too_far()
     assert "told from chance in no row;" in "\n".join(tuned_table([wide]))
 
 
+def test_the_page_has_the_command_of_each_row() -> None:
+    lesson = Lesson(
+        "rubisco", "0" * 64, steps=30, rate=1e-3, radius=14.0, average=0.98, validate=True, more=8,
+        augment=(("noise", 0.3), ("tilt", 15.0)),
+    )  # fmt: skip
+    text = "\n".join(tuned_table([tuned_row(lesson=asdict(lesson), tomograms=3)]))
+    assert "| 0.80 | 0.97 |" in text
+    assert (
+        "`bench_sim10a.py --part tuned --only rubisco --tomograms 2 --steps 30 --rate 0.001 --radius 14 "
+        "--average 0.98 --lessons 8 --validate --augment noise=0.3 tilt=15`"
+    ) in text
+
+
+def test_the_share_that_a_network_waited_is_that_of_its_curves(tmp_path: Path) -> None:
+    assert waited(tmp_path) is None
+    (tmp_path / "curves.csv").write_text("step,seconds,waited\n1,3.0,0.1\n2,1.0,0.1\n")
+    assert waited(tmp_path) == pytest.approx(0.05)
+
+
 def test_costs_are_of_the_steps_asked_for() -> None:
     account = {
         "voxel_size": 6.0, "learnt": 20, "kept": 5, "particles": 28, "crops": 400, "steps_in_all": 1800,
@@ -451,10 +477,10 @@ def test_costs_are_of_the_steps_asked_for() -> None:
     }  # fmt: skip
     line = cost_table([tuned_row(account=account)])[2]
     assert [cell.strip() for cell in line.split("|")[3:-1]] == (
-        ["6", "20", "5", "28", "400", "1800", "2.0", "1.00", "10", "0.50", "0.00"]
+        ["6", "20", "5", "28", "400", "1800", "2.0", "0.4", "1.00", "10", "0.50", "0.00"]
     )
     unmeasured = cost_table([tuned_row(account=account | {"step_core_seconds": None})])[2]
-    assert [cell.strip() for cell in unmeasured.split("|")[9:11]] == ["", ""]
+    assert [cell.strip() for cell in unmeasured.split("|")[9:12]] == ["", "0.4", ""]
 
 
 def test_a_page_of_one_part_alone_is_whole(tmp_path: Path) -> None:

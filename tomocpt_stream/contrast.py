@@ -69,7 +69,7 @@ FLOOR, THRESHOLD = 0.05, 0.3
 # Particle radii between two picks: 0.75 diameter, whatever spacing is asked for later.
 _SPACING = 1.5
 # Doubtful is a total below so many times that of the other sign, or below that of four picks of 0.5.
-_CLOSE, _LITTLE = 1.5, 1.0
+_CLOSE, LITTLE = 1.5, 1.0
 _RECEIPTS, _VERSION = "contrast", 2
 # Windows of one round: points k * (1, 7, 5) / 16 modulo 1 of the unit cube, z, y, x, one in each sixteenth of
 # each axis. Rounds differ by a shift; those after the third are for windows that are constant fill.
@@ -110,7 +110,7 @@ class Finding:
     def is_doubtful(self) -> bool:
         """Whether little was found, or the two signs hardly differ."""
         best = self.scores[self.contrast]
-        return best < _LITTLE or best < _CLOSE * self.scores[_other(self.contrast)]
+        return best < LITTLE or best < _CLOSE * self.scores[_other(self.contrast)]
 
 
 def own_contrast(picker: Any) -> Look:
@@ -216,7 +216,7 @@ def weigh(
         picks[look] = int(np.count_nonzero(kept > np.float32(THRESHOLD)))
         scores[look] = math.fsum(kept**2)
     found = own if scores[own] >= scores[_other(own)] else _other(own)
-    if 0 < scores[found] < _LITTLE and skewness:
+    if 0 < scores[found] < LITTLE and skewness:
         found = "dark" if skewness < 0 else "bright"
     return Finding(found, windows, picks, scores, skewness)
 
@@ -391,7 +391,7 @@ def _doubt(finding: Finding) -> str:
     """Return what is doubtful, for people."""
     if finding.is_empty:
         return f"{finding.contrast} protein is taken, as in the picker's training: nothing was found"
-    if finding.scores[finding.contrast] < _LITTLE:
+    if finding.scores[finding.contrast] < LITTLE:
         why = ", by the grey values alone" if finding.skewness else ""
         return f"{finding.contrast} protein is taken{why}: little was found"
     return f"{finding.contrast} protein is taken, but the picker finds nearly as much at the other sign"

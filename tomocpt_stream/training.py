@@ -129,13 +129,13 @@ def fine_tune(  # noqa: PLR0913  (a run is decided by what is asked here, and by
     fifth of them is kept for validation, with fewer a slab of each; the log says which. Without
     augmentation given, crops are flipped and turned by 90° about the beam. `folder` keeps working volumes,
     checkpoints (one an epoch), curves and pictures; a run that was killed goes on there to the same picker.
-    The rates rise over the first steps, a tenth of all and at most 50, and then fall as a cosine ("plateau": are halved
-    after `patience` epochs without a lower validation loss). `stop_after` ends the run after so many such
-    epochs; 0 does not. `average` is the decay of a running average of the weights, 0 for none.
-    `calibrate` shifts the scores so that 0.3 is the best threshold on the validation parts, if they have
-    10 particles. With `validation` False all particles are learnt from: a plateau becomes a cosine, the
-    last weights are returned, and the scores stay as they are. `devices` GPUs (without any: processes)
-    divide the crops of a step among them; that takes the package lightning.
+    The rates rise over the first steps, a tenth of all and at most 50, and then fall as a cosine
+    ("plateau": are halved after `patience` epochs without a lower validation loss). `stop_after` ends the
+    run after so many such epochs; 0 does not. `average` is the decay of a running average of the weights, 0
+    for none. `calibrate` shifts the scores so that 0.3 is the best threshold on the validation parts, if
+    they have 10 particles. With `validation` False all particles are learnt from: a plateau becomes a
+    cosine, the last weights are returned, and the scores stay as they are. `devices` GPUs (without any:
+    processes) divide the crops of a step among them; that takes the package lightning.
 
     Raises
     ------
