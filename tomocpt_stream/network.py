@@ -126,7 +126,7 @@ def build_network(architecture: Mapping[str, Any]) -> nn.Module:
 
 
 def place(network: nn.Module, device: torch.device) -> nn.Module:
-    """Return the network on a device, its convolutions channels last: 1.1 times faster on a CPU."""
+    """Return the network on a device, its convolutions channels last, as a GPU's are fastest."""
     moved: nn.Module = network.to(device, memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
     return moved
 
