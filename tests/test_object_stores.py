@@ -14,6 +14,9 @@ from zarr.storage import LocalStore
 
 from tests.buckets import PORTAL_BUCKET, Bucket, portal_zarr
 from tests.scorers import PlaceDependent
+from tomocpt_stream.blocks import Window
+from tomocpt_stream.crops import Example, Sampling
+from tomocpt_stream.epochs import Epochs
 from tomocpt_stream.errors import PlanError, SourceError
 from tomocpt_stream.formats import write_picks
 from tomocpt_stream.heatmap import PickOptions
@@ -357,6 +360,27 @@ def test_workers_read_and_write_buckets_for_themselves(
         volume.array[:], ingest(open_tomogram(folder), tmp_path / "v", voxel_size=14.5).array[:]
     )
     assert open_volume(store).percentiles == volume.percentiles
+
+
+def test_crops_are_streamed_from_working_volumes_in_a_bucket(
+    s3: S3, way: Way, stored: dict[str, int], folder: Path, tmp_path: Path
+) -> None:
+    here = ingest(open_tomogram(folder), tmp_path / "volume", voxel_size=14.5)
+    store = connect(s3.address("volumes/taught"), s3.options(key="test", secret="test"), read_only=False)
+    ingest(open_tomogram(folder), store, voxel_size=14.5)
+    sampling = Sampling(window=Window((32, 32, 32), (4, 4, 4)), radius=4.0)
+    centre = np.array([[length / 2 for length in here.shape]])
+    crops = []
+    for volume in (here, open_volume(store)):
+        way.reset()
+        epochs = Epochs([Example(volume, centre)], sampling, seed=1)
+        assert not [one for one in way.asked if "/0/c/" in one.path]  # which crops there are takes no voxel
+        crops.append([epochs.batch(2, step) for step in range(epochs.steps(2))])
+    assert [one for one in way.asked if "/0/c/" in one.path]
+    assert len(crops[0]) > 1
+    for ours, theirs in zip(*crops, strict=True):
+        np.testing.assert_array_equal(ours.voxels, theirs.voxels)
+        np.testing.assert_array_equal(ours.label, theirs.label)
 
 
 @pytest.mark.parametrize("by", ["this process", "workers"])
