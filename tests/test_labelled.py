@@ -388,10 +388,40 @@ def test_a_file_may_call_tomograms_by_their_tilt_series(tmp_path: Path, picker: 
     assert [len(one.picks) for one in open_labelled(rows, picker)] == [2, 1]
 
 
-@pytest.mark.parametrize("name", ["p.csv", "p.star", "p.coords"])
-def test_a_tomogram_without_particles_takes_an_empty_file(
-    tmp_path: Path, picker: Picker, name: str, caplog: pytest.LogCaptureFixture
+def test_a_tilt_series_name_of_another_size_is_no_name_of_a_tomogram(tmp_path: Path, picker: Picker) -> None:
+    """Voxels that nobody says the size of are not those of a tomogram that is binned otherwise."""
+    path = _classes(tmp_path / "p.star", ("TS_1_10.00Apx", 1), ("TS_2_5.00Apx", 1))
+    rows = [LabelledTomogram(_write(tmp_path, f"TS_{k}_5.00Apx.rec"), path, 80.0) for k in (2, 1)]
+    assert len(open_labelled(rows[:1], picker)[0].picks) == 1
+    with pytest.raises(FormatError, match="0 tables for 'TS_1_5"):
+        open_labelled(rows[1:], picker)
+
+
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "star", "json", "ndjson", "mod", "coords"])
+def test_a_file_without_a_byte_is_of_a_tomogram_without_a_particle(
+    tmp_path: Path, picker: Picker, suffix: str, caplog: pytest.LogCaptureFixture
 ) -> None:
+    (tmp_path / f"none.{suffix}").touch()
+    (one,) = open_labelled([LabelledTomogram(_write(tmp_path), tmp_path / f"none.{suffix}", 80.0)], picker)
+    assert len(one.picks) == 0
+    assert "learnt as background" in caplog.text
+
+
+def test_one_file_is_shared_however_it_is_spelt(
+    tmp_path: Path, picker: Picker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_picks(_picks(tomogram="TS_1", voxel_size=5.0, shape=(40, 64, 72)), tmp_path / "one.csv")
+    rows = [
+        LabelledTomogram(_write(tmp_path, name), path, 80.0)
+        for name, path in (("TS_1", "one.csv"), ("TS_2", str(tmp_path / "one.csv")))
+    ]
+    with pytest.raises(FormatError, match="0 tables for 'TS_2'"):
+        open_labelled(rows, picker)
+
+
+@pytest.mark.parametrize("name", ["p.csv", "p.star", "p.coords"])
+def test_a_tomogram_without_particles_takes_a_file_of_none(tmp_path: Path, picker: Picker, name: str) -> None:
     none = _picks(np.zeros((0, 3)), voxel_size=5.0, tomogram="TS_1", shape=(40, 64, 72))
     write_picks(none, tmp_path / name)
     (one,) = open_labelled([LabelledTomogram(_write(tmp_path), tmp_path / name, 80.0)], picker)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import defaultdict
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,10 +14,11 @@ import numpy as np
 from tomocpt_stream.errors import FormatError, SourceError
 from tomocpt_stream.formats import read_kinds
 from tomocpt_stream.formats.series_names import series_name
+from tomocpt_stream.receipts import local_path
+from tomocpt_stream.remote import is_remote
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
-    from pathlib import Path
 
     from tomocpt_stream.picks import Picks
     from tomocpt_stream.tomogram import Tomogram
@@ -48,7 +51,7 @@ class TruthFiles:
     def __init__(self, uses: Iterable[tuple[str | Path, object]]) -> None:
         users: dict[str, set[object]] = defaultdict(set)
         for path, user in uses:
-            users[str(path)].add(user)
+            users[_key(path)].add(user)
         self._shared = {path for path, some in users.items() if len(some) > 1}
         self._alone: dict[str, list[Picks] | None] = {}
 
@@ -72,7 +75,7 @@ class TruthFiles:
         if alone is None:  # it does not say all that is needed, and takes the tomogram's word
             tables = read_kinds(path, shape=own_size[0], voxel_size=own_size[1])
         names = tuple(sorted({table.tomogram for table in tables}))
-        own = self._name(str(path), names, tomogram.name)
+        own = self._name(_key(path), tables, tomogram)
         if own is None:
             return Tables((), names, _kinds(tables), listed=False)
         # The word of this tomogram is not that of the others in the file.
@@ -86,22 +89,52 @@ class TruthFiles:
 
     def _as_it_stands(self, path: str | Path) -> list[Picks] | None:
         """Return the tables of a file by what it says alone; None where that is not enough."""
-        key = str(path)
+        key = _key(path)
         if key not in self._alone:
             try:
-                self._alone[key] = read_kinds(path)
+                self._alone[key] = [] if _is_empty(path) else read_kinds(path)
             except FormatError:
                 self._alone[key] = None
         return self._alone[key]
 
-    def _name(self, path: str, names: tuple[str, ...], wanted: str) -> str | None:
-        """Return what the file calls a tomogram; None where none of its tomograms is that one."""
-        if wanted in names:
-            return wanted
-        alike = [name for name in names if series_name(name) == series_name(wanted)]
+    def _name(self, key: str, tables: list[Picks], tomogram: Tomogram) -> str | None:
+        """Return what a file calls a tomogram; None where none of its tomograms is that one."""
+        names = {table.tomogram for table in tables}
+        if tomogram.name in names:
+            return tomogram.name
+        series = series_name(tomogram.name)
+        alike = {
+            table.tomogram
+            for table in tables
+            if series_name(table.tomogram) == series and _may_count(table, tomogram)
+        }
         if len(alike) == 1:
-            return alike[0]
-        return names[0] if len(names) == 1 and path not in self._shared else None
+            return alike.pop()
+        return names.pop() if len(names) == 1 and key not in self._shared else None
+
+
+def _key(path: str | Path) -> str:
+    """Return one name for all spellings of a place."""
+    return str(path) if is_remote(str(path)) else str(Path(local_path(path)).resolve())
+
+
+def _is_empty(path: str | Path) -> bool:
+    """Return whether a file has no byte, as one that a user made for a tomogram without a particle."""
+    if is_remote(str(path)):
+        return False
+    place = Path(local_path(path))
+    return place.is_file() and not place.stat().st_size
+
+
+def _may_count(table: Picks, tomogram: Tomogram) -> bool:
+    """Return whether picks that say no voxel size may be in a tomogram's voxels, by their tomogram's name.
+
+    TS_1_10.00Apx and TS_1_5.00Apx are of one tilt series, and of two sizes.
+    """
+    said = re.search(r"_(\d+(?:\.\d+)?)Apx", table.tomogram)
+    if table.voxel_size is not None or said is None:
+        return True
+    return math.isclose(float(said[1]), tomogram.frame.file_voxel_size, rel_tol=_SAME)
 
 
 def same_voxels(picks: Picks, tomogram: Tomogram) -> Picks:
