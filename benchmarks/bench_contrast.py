@@ -71,7 +71,7 @@ class Answer:
         """Return a line of the table."""
         found = self.finding
         said = found.contrast if self.is_right else f"**{found.contrast}**"
-        little = max(found.scores.values()) < LITTLE
+        little = 0 < max(found.scores.values()) < LITTLE and found.skewness
         said += " (doubtful, by the grey values)" if little else " (doubtful)" if found.is_doubtful else ""
         scores, picks = ((each["dark"], each["bright"]) for each in (found.scores, found.picks))
         other = f"{self.skewness:+.2f}{'' if self.skewness_is_right else ', wrong'}"

@@ -202,7 +202,7 @@ def _head(asked: argparse.Namespace, preset: Preset, trials: list[Trial]) -> lis
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{asked.threads} CPU threads"
     picker, taught = load_picker(asked.picker), networks(trials)
     maps = {name: one.map for name, one in PARTICLES.items()}
-    maps |= {f"{one.rpartition('/')[2]} (in cells)": one for one in OTHERS}
+    maps |= {f"{one.rpartition('/')[2]} (outside shells)": one for one in OTHERS}
     words = [Path(word).name if "/" in word else word for word in sys.argv[1:]]
     matching = f"matching by {preset.angle:g}° on volumes binned {preset.binning} times"
     fields = f"preset {preset.name}: fields {preset.width:g} diameters wide, {preset.tests} test tomograms, "

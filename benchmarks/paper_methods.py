@@ -30,6 +30,7 @@ from tomocpt_stream import (
     train,
 )
 from tomocpt_stream.pipeline import plan_pick
+from tomocpt_stream.whole import write_whole
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -98,7 +99,18 @@ class Network:
         """Return whether a lesson left the shipped picker as it was: no epoch had a lower validation loss."""
         if self.start != "shipped" or not self.lessons:
             return False
-        return self.picker(bench).fingerprint == load_picker(bench.picker).fingerprint
+        shipped = load_picker(bench.picker).fingerprint
+        note = self._place(bench, shipped) / "fingerprint.txt"
+        if not note.exists():
+            note.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(note, self.picker(bench).fingerprint)
+        return note.read_text() == shipped
+
+    def _place(self, bench: Bench, shipped: str) -> Path:
+        """Return the folder of the lesson."""
+        names = [spec.key for spec in self.lessons]
+        asked = [shipped, self.start, names, self.epochs, self.rate, self.batch, self.label, _PRECISION]
+        return bench.folder / "pickers" / digest(asked)
 
     def picker(self, bench: Bench) -> Picker:
         """Return the picker, taught where it is to be taught; lessons that were begun go on."""
@@ -110,10 +122,7 @@ class Network:
             LabelledTomogram(scene.tomogram, scene.truth, PARTICLES[spec.particle].diameter, contrast="dark")
             for spec, scene in zip(self.lessons, scenes, strict=True)
         ]
-        names = [spec.key for spec in self.lessons]
-        asked = [shipped.fingerprint, self.start, names, self.epochs, self.rate, self.batch, self.label]
-        asked.append(_PRECISION)
-        folder = bench.folder / "pickers" / digest(asked)
+        folder = self._place(bench, shipped.fingerprint)
 
         def listen(step: Step) -> None:
             if step.step % 10 == 0 or step.step == step.steps:
@@ -196,10 +205,12 @@ Method = Network | Matching | Gaussians
 
 def acquaintance(picker: Picker, maps: Mapping[str, str]) -> str:
     """Return a line on which of some density maps, by name, a picker has learnt from or was chosen by."""
-    kept = picker.metadata["provenance"]
+    lives = [picker.metadata["provenance"]]
+    while parent := lives[-1].get("parent_provenance"):
+        lives.append(parent)
     words = []
     for key, what in (("maps", "has learnt from the maps of"), ("held_maps", "was chosen and calibrated by")):
-        known = {one["name"].partition(".")[0] for one in kept.get(key, [])}
+        known = {one["name"].partition(".")[0] for life in lives for one in life.get(key, [])}
         found = [name for name, map_ in maps.items() if map_.rpartition("/")[2] in known]
         words.append(f"{what} {', '.join(found) or 'none'}")
     return f"- of the particles here the picker {'; it '.join(words)}"

@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from sim10a_lessons import Lesson
 from sim10a_scenes import CLASSES, SEED
 
+from tomocpt_stream import load_picker
 from tomocpt_stream.whole import whole, write_whole
 
 if TYPE_CHECKING:
@@ -154,6 +155,7 @@ def command(row: Row) -> str:
     for name, option in (("radius", "radius"), ("average", "average"), ("more", "lessons")):
         words += [f"--{option} {lesson[name]:g}"] if lesson.get(name) else []
     words += [f"--{name}" for name in ("others", "validate") if lesson[name]]
+    words += [] if lesson["picker"] == load_picker().fingerprint else ["--picker FILE"]
     changes = " ".join(f"{name}={value:g}" for name, value in lesson["augment"])
     words += [f"--augment {changes}"] if changes else []
     return f"bench_sim10a.py --part tuned {' '.join(words)}"

@@ -25,7 +25,7 @@ from sim10a_scores import (
     zero_shot,
 )
 
-from tomocpt_stream import Picker, Picks, Window, match, open_tomogram
+from tomocpt_stream import Picker, Picks, Window, load_picker, match, open_tomogram
 from tomocpt_stream.curves import rank
 from tomocpt_stream.network import build_network
 from tomocpt_stream.phantom import write_mrc
@@ -370,7 +370,9 @@ def test_the_command_goes_on_where_it_ended_and_keeps_rows_of_other_lessons(
     assert "5 steps" in page
     assert "3 epochs, others" in page
     for words in ("--steps 5", "--epochs 3 --others"):
-        line = f"- `bench_sim10a.py --part tuned --only virus-like-particle --tomograms 0 {words}`"
+        line = (
+            f"- `bench_sim10a.py --part tuned --only virus-like-particle --tomograms 0 {words} --picker FILE`"
+        )
         assert line in page
     numbers: list[int] = []
 
@@ -460,8 +462,10 @@ def test_the_page_has_the_command_of_each_row() -> None:
     assert "| 0.80 | 0.97 |" in text
     assert (
         "`bench_sim10a.py --part tuned --only rubisco --tomograms 2 --steps 30 --rate 0.001 --radius 14 "
-        "--average 0.98 --lessons 8 --validate --augment noise=0.3 tilt=15`"
+        "--average 0.98 --lessons 8 --validate --picker FILE --augment noise=0.3 tilt=15`"
     ) in text
+    shipped = asdict(Lesson("rubisco", load_picker("base").fingerprint))
+    assert "--epochs 20`" in "\n".join(tuned_table([tuned_row(lesson=shipped)]))
 
 
 def test_the_share_that_a_network_waited_is_that_of_its_curves(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from tomocpt_stream.errors import CheckpointError, PlanError, SourceError
 from tomocpt_stream.network import build_network, named_architecture
 from tomocpt_stream.phantom import PhantomOptions
 from tomocpt_stream.picker import Picker, picker_metadata
-from tomocpt_stream.runs import STATE
+from tomocpt_stream.runs import STATE, alone_in
 from tomocpt_stream.shapes import SHAPES_HELD_OUT
 
 if TYPE_CHECKING:
@@ -136,7 +136,16 @@ def test_a_picker_of_other_windows_or_another_radius_is_no_beginning(tmp_path: P
         metadata = picker_metadata(tiny, **({"window": Window()} | asked))
         with pytest.raises(PlanError, match="expected 10 voxels in windows of"):
             train_base(tmp_path, start=Picker(build_network(tiny), metadata))
+    other = Picker(build_network(tiny), picker_metadata(tiny, window=Window()))
+    with pytest.raises(PlanError, match=r"has depths \[1, 1, 1, 1\]; expected .* depths \[2, 2, 2, 2\]"):
+        train_base(tmp_path, start=other)
     assert not list(tmp_path.iterdir())
+
+
+def test_two_processes_do_not_prepare_one_folder(tmp_path: Path) -> None:
+    with alone_in(tmp_path), pytest.raises(CheckpointError, match="another process trains in"):
+        train_base(tmp_path)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.usefixtures("small")

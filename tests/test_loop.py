@@ -109,24 +109,26 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(
 
 
 def test_a_run_that_was_ended_for_now_does_no_step_again(tmp_path: Path) -> None:
-    def run(folder: str, witness: _Witness, *others: Listener) -> Picker:
+    def run(folder: str, *listeners: Listener) -> Picker:
         return learn(
             [two_balls(0)],
             validation=[two_balls(2)],
             options=OPTIONS,
             folder=tmp_path / folder,
-            listeners=[witness, *others],
+            listeners=listeners,
         )
 
     def late(step: Step) -> None:
-        if step.step == 3:
+        if step.step == 2:  # a checkpoint
             raise TimeOver
 
     first, rest = _Witness(), _Witness()
     with pytest.raises(TimeOver):
-        run("parts", first, OnStep(late))
+        run("parts", OnStep(late), first)
     parts = run("parts", rest)
-    assert [step.step for step in (*first.steps, *rest.steps)] == [1, 2, 3, 4]
+    assert [step.step for step in first.steps] == [1, 2]
+    assert [step.step for step in rest.steps] == [3, 4]
+    assert [len(one.looks) for one in (first, rest)] == [1, 1]
     assert parts.fingerprint == run("whole", _Witness()).fingerprint
 
 

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from click.testing import CliRunner, Result
@@ -12,6 +12,9 @@ from tomocpt_stream.__main__ import main
 from tomocpt_stream.augmentation import Augmentation
 from tomocpt_stream.loop import Step
 from tomocpt_stream.network import named_architecture
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 
 @pytest.fixture(autouse=True)
@@ -164,6 +167,9 @@ def test_outputs_of_another_kind_or_in_the_way_are_refused(seen: dict[str, Any])
     Path("own.safetensors").touch()
     words = "finetune mine.csv --folder lessons --output own.safetensors --picker own.safetensors"
     assert "own.safetensors" in _run(words, code=1).stderr
+    Path("base").mkdir()
+    _run("train --folder lessons --output base/mine.safetensors --picker base")  # which is not that folder
+    seen.clear()
     Path("maps").mkdir()
     Path("maps/one.safetensors").touch()
     for words in ("--picker own.safetensors --output own", "--maps maps --output maps/one"):
@@ -211,14 +217,30 @@ def test_a_run_ends_when_its_minutes_are_over(
 
     for place, name in ((curriculum, "train_base"), (training, "train"), (training, "fine_tune")):
         monkeypatch.setattr(place, name, steps)
-    now = iter([0.0, 31.0])
-    monkeypatch.setattr(train_command, "monotonic", lambda: float(next(now)))
+    now: Iterator[float] = iter([0.0, 31.0])
+    monkeypatch.setattr(train_command, "monotonic", lambda: next(now))
     shown = _run(f"{words} {OUT} --minutes 0.5", code=75)
     assert "0.5 minutes are over; the same command goes on" in shown.output
     assert told == [1]
     told.clear()
-    now = iter([0.0, 60.0, 61.0])  # asked for at the beginning and after steps 1 and 3
+    now = iter([0.0, 59.0, 61.0])  # asked for at the beginning and after each step
     _run(f"{words} {OUT} --minutes 1", code=75)
-    # Not after step 2, whose look at the validation crops is still to be told of.
-    assert told == [1, 2, 3]
+    assert told == [1, 2]
     assert not Path("mine.safetensors").exists()
+
+
+def test_a_calibration_is_not_ended_in_between(seen: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It keeps nothing of its parts, so that one that takes longer would never end."""
+    _table()
+    told: list[str] = []
+
+    def stages(*_: Any, progress: Any, **__: Any) -> Any:
+        for stage in ("calibrate", "fill", "ingest", "calibrate"):
+            told.append(stage)
+            progress(stage, 1, 2)
+
+    monkeypatch.setattr(training, "fine_tune", stages)
+    now = iter([0.0, 61.0])
+    monkeypatch.setattr(train_command, "monotonic", lambda: next(now))
+    _run(f"finetune mine.csv {OUT} --minutes 1", code=75)
+    assert told == ["calibrate", "fill", "ingest"]

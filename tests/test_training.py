@@ -26,7 +26,7 @@ from tomocpt_stream.phantom import write_mrc
 from tomocpt_stream.picker import Picker, load_picker, picker_metadata
 from tomocpt_stream.picks import Picks
 from tomocpt_stream.pipeline import pick
-from tomocpt_stream.runs import STATE
+from tomocpt_stream.runs import STATE, alone_in
 from tomocpt_stream.targets import WIDTHS, paint_box
 from tomocpt_stream.tomogram import Tomogram, open_tomogram
 from tomocpt_stream.training import fine_tune, train
@@ -305,6 +305,12 @@ def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text("{")
     with pytest.raises(CheckpointError, match="choose another folder"):
         _tune(tmp_path)
+
+
+def test_two_processes_do_not_prepare_one_folder(tmp_path: Path) -> None:
+    with alone_in(tmp_path), pytest.raises(CheckpointError, match="another process trains in"):
+        _tune(tmp_path)
+    assert not (tmp_path / "run.json").exists()
 
 
 def _has_begun(folder: Path) -> None:

@@ -26,7 +26,7 @@ from tomocpt_stream.network import ARCHITECTURES
 from tomocpt_stream.phantom import PhantomOptions, simulate_phantom
 from tomocpt_stream.picks import Picks
 from tomocpt_stream.progress import Progress, silent
-from tomocpt_stream.runs import STATE, claim
+from tomocpt_stream.runs import STATE, alone_in, claim
 from tomocpt_stream.shapes import BLOB, SHAPES_TRAIN
 from tomocpt_stream.train_options import TrainOptions
 from tomocpt_stream.volume import ingest, open_volume
@@ -110,18 +110,37 @@ def train_base(
     """
     recipe, place = recipe or Recipe(), Path(folder)
     if start is not None:
-        _refuse_other(start, recipe.options.sampling)
+        _refuse_other(start, recipe.options)
     seeds = [recipe.seed + k for k in range(recipe.tomograms)]
     held = [recipe.seed + _HELD + k for k in range(recipe.validation)]
     drawn = dict.fromkeys(seeds, recipe.maps) | dict.fromkeys(held, recipe.held_maps)
     maps = {"maps": _named(recipe.maps), "held_maps": _named(recipe.held_maps)}
-    # Tomograms are found again by their seeds, whatever was simulated into them.
-    claim(place / "tomograms", maps)
-    asked = {"tomograms": len(seeds), "validation": len(held), "seed": recipe.seed}
-    parent = {"parent": None if start is None else start.fingerprint}
-    account = asked | parent | maps | {"options": recipe.options.to_json()}
-    claim(place / "run", account, begun=place / "run" / STATE)
-    examples = prepare(place / "tomograms", drawn, workers=workers, progress=progress)
+    with alone_in(place):
+        # Tomograms are found again by their seeds, whatever was simulated into them.
+        claim(place / "tomograms", maps)
+        asked = {"tomograms": len(seeds), "validation": len(held), "seed": recipe.seed}
+        parent = {"parent": None if start is None else start.fingerprint}
+        account = asked | parent | maps | {"options": recipe.options.to_json()}
+        claim(place / "run", account, begun=place / "run" / STATE)
+        examples = prepare(place / "tomograms", drawn, workers=workers, progress=progress)
+        record = _record(recipe, start, particles=sum(len(item.centres) for item in examples[: len(seeds)]))
+        picker = learn(
+            examples[: len(seeds)],
+            validation=examples[len(seeds) :],
+            options=recipe.options,
+            folder=place / "run",
+            start_from=start,
+            provenance=record,
+            devices=devices,
+            listeners=listeners,
+        )
+        if not held:
+            return picker
+        return calibrate(picker, examples[len(seeds) :], provenance=record, progress=progress)
+
+
+def _record(recipe: Recipe, start: Picker | None, *, particles: int) -> dict[str, Any]:
+    """Return what the picker's provenance says of its training."""
     record = {
         "command": (
             f"tomocpt-stream train --steps {recipe.options.steps} --tomograms {recipe.tomograms} "
@@ -133,24 +152,15 @@ def train_base(
         "data": "simulated tomograms",
         "tomograms": recipe.tomograms,
         "validation_tomograms": recipe.validation,
-        "particles": int(sum(len(item.centres) for item in examples[: len(seeds)])),
+        "particles": particles,
         "first_seed": recipe.seed,
         "shapes": [*SHAPES_TRAIN, "blob"],
-        **maps,
+        "maps": _named(recipe.maps),
+        "held_maps": _named(recipe.held_maps),
     }
     if start is not None:
         record |= {"parent": start.fingerprint, "parent_provenance": start.metadata["provenance"]}
-    picker = learn(
-        examples[: len(seeds)],
-        validation=examples[len(seeds) :],
-        options=recipe.options,
-        folder=place / "run",
-        start_from=start,
-        provenance=record,
-        devices=devices,
-        listeners=listeners,
-    )
-    return calibrate(picker, examples[len(seeds) :], provenance=record, progress=progress) if held else picker
+    return record
 
 
 def _unusual(options: TrainOptions) -> Iterator[str]:
@@ -163,14 +173,22 @@ def _unusual(options: TrainOptions) -> Iterator[str]:
         yield f"--architecture {''.join(names) or 'OTHER'}"
 
 
-def _refuse_other(start: Picker, sampling: Sampling) -> None:
-    """Refuse a picker that would be taught what its own file does not say."""
-    own = (start.particle_radius, start.window)
+def _refuse_other(start: Picker, options: TrainOptions) -> None:
+    """Refuse a picker that would be taught what its own file does not say, or whose weights do not fit."""
+    own, sampling = (start.particle_radius, start.window), options.sampling
     if own != (sampling.radius, sampling.window):
         raise PlanError(
             f"a picker of particles of {own[0]:g} voxels radius in windows of {_said(own[1])}",
             expected=f"{sampling.radius:g} voxels in windows of {_said(sampling.window)}, as are simulated",
             remedy="begin with another picker, or teach this one on your own tomograms (finetune)",
+        )
+    there, here = start.metadata["architecture"], options.architecture
+    differing = [key for key in here if there.get(key) != here[key]]
+    if differing:
+        raise PlanError(
+            f"a picker whose network has {', '.join(f'{key} {there.get(key)}' for key in differing)}",
+            expected=f"that of the run: {', '.join(f'{key} {here[key]}' for key in differing)}",
+            remedy="leave --architecture out, or begin from nothing",
         )
 
 

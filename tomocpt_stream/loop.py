@@ -93,7 +93,7 @@ class Listener(Protocol):
 
 
 class TimeOver(Exception):
-    """What a listener raises to end a run for now, after a step of which all have heard; the run goes on."""
+    """What a listener raises to end a run for now; all are told of the step, and the same call goes on."""
 
 
 @dataclass(frozen=True)
@@ -200,10 +200,8 @@ def _learn(task: _Task, ranks: Ranks, listeners: Sequence[Listener] = ()) -> Non
             seconds = time.perf_counter() - at
             told = Step(run.step, options.steps, epoch, *numbers, seconds, feed.waited, validation=value)
             with _kept(run, ranks, due=due):
-                for listener in listeners:
-                    listener.step(told)
-                if checkpoint:
-                    _show(run, held, ranks, listeners)
+                look = partial(_show, run, held, ranks, listeners) if checkpoint else None
+                _announce(told, listeners, look)
             kept = time.monotonic() if due else kept
     ranks.wait()  # what rank 0 has written is there
     if ranks.rank == 0:
@@ -342,8 +340,8 @@ def _look(run: Run, held: _Held, ranks: Ranks) -> float | None:
 def _kept(run: Run, ranks: Ranks, *, due: bool) -> Iterator[None]:
     """Write the state at the end, where it is due, and even where a listener raises.
 
-    A run that is killed in between does the step again, and so tells of it: no listener misses one. Who
-    raises TimeOver has heard of the step.
+    A run that is killed in between does the step again, and so tells of it: no listener misses one. Of a
+    step that TimeOver ends, all have heard.
     """
     try:
         yield
@@ -353,6 +351,20 @@ def _kept(run: Run, ranks: Ranks, *, due: bool) -> Iterator[None]:
     finally:
         if due and ranks.rank == 0:
             run.keep_state()
+
+
+def _announce(told: Step, listeners: Sequence[Listener], look: Callable[[], None] | None) -> None:
+    """Tell all listeners of a step, and show them a crop, before one of them may end the run for now."""
+    over = None
+    for listener in listeners:
+        try:
+            listener.step(told)
+        except TimeOver as error:
+            over = error
+    if look is not None:
+        look()
+    if over is not None:
+        raise over
 
 
 def _show(run: Run, held: _Held, ranks: Ranks, listeners: Sequence[Listener]) -> None:

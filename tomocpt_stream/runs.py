@@ -90,7 +90,6 @@ class Run:
         with whole(self.folder / STATE) as temporary:
             torch.save(state, temporary)
             settle(temporary)
-            settle(temporary)
 
     def _picker(self, validation: float | None) -> Picker:
         copy = build_network(self.options.architecture)

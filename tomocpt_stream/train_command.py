@@ -32,6 +32,8 @@ _TABLE = click.Path(exists=True, dir_okay=False, path_type=Path)
 _OF_PHANTOMS = ("steps", "tomograms", "validation", "workers", "maps", "held_maps", "picker")
 _OF_BOTH = ("table", "folder", "output", "seed", "devices", "minutes", "architecture", "batch_size")
 _TIME_OVER = 75  # as of a command that is to be tried again
+# What keeps nothing of its parts: ended, it would begin again each time.
+_IN_ONE = ("calibrate", "fill")
 
 
 def _run_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -63,7 +65,8 @@ def _run_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--minutes",
             type=LENGTH,
-            help="End after so many, with exit code 75 and all that was done kept: the same command goes on.",
+            help="End after so many, with exit code 75 and what was done kept: the same command goes on. "
+            "Calibration is done in one.",
         ),
     ]
     return add_options(options)(command)
@@ -134,7 +137,7 @@ def _table_options(
             default="turns",
             metavar="none|turns|full[,FIELD=NUMBER...]",
             help="turns: flips and 90° about the beam; full: small tilts, size, intensities, filters too; "
-            "fields are those of Augmentation: full,wedge=45 leaves ±45° of tilts to half of the crops.",
+            "numbers of Augmentation may follow: full,wedge=45 leaves ±45° of tilts or more to half of them.",
         ),
         click.option(
             "--partial",
@@ -243,7 +246,8 @@ def train_command(context: click.Context, /, table: Path | None, output: Path, *
 
         maps = [one for one in (settings["maps"], settings["held_maps"]) if one is not None]
         files = [str(path) for folder in maps for path in folder.iterdir()]
-        refuse_overwriting([*files, *filter(None, [settings["picker"]])], output)
+        parent = [] if settings["picker"] in (None, "base") else [settings["picker"]]
+        refuse_overwriting([*files, *parent], output)
         phantoms = {name: settings[name] for name in (*_OF_PHANTOMS, "folder", "seed", "devices")}
         phantoms["architecture"] = settings["architecture"]
         if context.get_parameter_source("batch_size") is ParameterSource.COMMANDLINE:
@@ -387,13 +391,14 @@ def _write(
 
         def progress(stage: str, done: int, total: int) -> None:
             shown(stage, done, total)
-            refuse_late()
+            if stage not in _IN_ONE:
+                refuse_late()
 
         def listen(step: Step) -> None:
             shown(stage, step.step, step.steps)
             if step.validation is not None:
                 click.echo(f"step {step.step}: loss {step.loss:.5f}, validation {step.validation:.5f}")
-            elif step.step < step.steps:  # not where a look at the validation crops is still to be told of
+            if step.step < step.steps:
                 refuse_late()
 
         try:

@@ -23,7 +23,7 @@ from tomocpt_stream.network import build_network, named_architecture, start_quie
 from tomocpt_stream.picker import Picker, load_picker, picker_metadata
 from tomocpt_stream.progress import Progress, silent
 from tomocpt_stream.ranks import check_devices
-from tomocpt_stream.runs import STATE, claim
+from tomocpt_stream.runs import STATE, alone_in, claim
 from tomocpt_stream.targets import WIDTHS
 from tomocpt_stream.train_options import Precision, Schedule, TrainOptions
 
@@ -208,52 +208,52 @@ def _train(
     progress: Progress,
     on_step: Callable[[Step], None] | None,
 ) -> Picker:
-    """Prepare the tomograms, part them, learn, calibrate."""
+    """Prepare the tomograms, part them, learn, calibrate; no other process does so in the same folder."""
     check_devices(asked.devices)
-    opened, epochs, seed = open_labelled(examples, asked.first), asked.options.steps, asked.options.seed
-    record = {
-        "epochs": epochs,
-        "examples": [one.fingerprint for one in opened],
-        "groups": _numbered([one.group for one in opened]),
-    }
-    # What is not asked for is not in the account, so that earlier runs stay what they were.
-    record |= {} if asked.validation else {"validation": False}
-    parent = {"parent": asked.record["parent"]} if asked.tuning else {}
-    whole, begun = parent | record | {"options": asked.options.to_json()}, asked.folder / "run" / STATE
-    claim(asked.folder, whole, begun=begun)
-    scorer = asked.first if asked.tuning else None  # by its map a parent tells what was not labelled
-    prepared = [one.ingest(asked.folder / "volumes", scorer=scorer, progress=progress) for one in opened]
-    if asked.validation:
-        parted = split(prepared, [one.group for one in opened], asked.options.sampling, seed=seed)
-    else:
-        parted = Split(prepared, [], ("validation: nothing, as asked: all particles are learnt from",))
-    learnt = Epochs(parted.training, asked.options.sampling, seed=seed)
-    if not len(learnt):
-        raise SourceError(
-            f"{len(opened)} tomograms without a particle",
-            expected="at least one tomogram with at least one particle",
-            remedy="check the coordinate files",
-        )
-    held = _held(parted, asked.options.sampling, seed)
-    options = _stepped(asked.options, learnt, held)
-    _say(parted, learnt, held, options)
-    told: list[Listener] = [] if on_step is None else [OnStep(on_step)]
-    claim(asked.folder, whole, begun=begun)  # preparing takes hours: another run may have begun meanwhile
-    with closing(Diary(asked.folder)) as diary:
-        picker = learn(
-            learnt,
-            validation=held or (),
-            options=options,
-            folder=asked.folder / "run",
-            start_from=asked.first if asked.tuning else None,
-            provenance=asked.record | record | _names(opened, learnt, held, parted),
-            devices=asked.devices,
-            listeners=[diary, *told],
-        )
-    unchanged = asked.tuning and picker.fingerprint == asked.first.fingerprint
-    if not asked.calibrate or held is None or unchanged:
-        return picker
-    return calibrated(picker, parted.validation, progress=progress)
+    with alone_in(asked.folder):
+        opened, epochs, seed = open_labelled(examples, asked.first), asked.options.steps, asked.options.seed
+        record = {
+            "epochs": epochs,
+            "examples": [one.fingerprint for one in opened],
+            "groups": _numbered([one.group for one in opened]),
+        }
+        # What is not asked for is not in the account, so that earlier runs stay what they were.
+        record |= {} if asked.validation else {"validation": False}
+        parent = {"parent": asked.record["parent"]} if asked.tuning else {}
+        whole, begun = parent | record | {"options": asked.options.to_json()}, asked.folder / "run" / STATE
+        claim(asked.folder, whole, begun=begun)
+        scorer = asked.first if asked.tuning else None  # by its map a parent tells what was not labelled
+        prepared = [one.ingest(asked.folder / "volumes", scorer=scorer, progress=progress) for one in opened]
+        if asked.validation:
+            parted = split(prepared, [one.group for one in opened], asked.options.sampling, seed=seed)
+        else:
+            parted = Split(prepared, [], ("validation: nothing, as asked: all particles are learnt from",))
+        learnt = Epochs(parted.training, asked.options.sampling, seed=seed)
+        if not len(learnt):
+            raise SourceError(
+                f"{len(opened)} tomograms without a particle",
+                expected="at least one tomogram with at least one particle",
+                remedy="check the coordinate files",
+            )
+        held = _held(parted, asked.options.sampling, seed)
+        options = _stepped(asked.options, learnt, held)
+        _say(parted, learnt, held, options)
+        told: list[Listener] = [] if on_step is None else [OnStep(on_step)]
+        with closing(Diary(asked.folder)) as diary:
+            picker = learn(
+                learnt,
+                validation=held or (),
+                options=options,
+                folder=asked.folder / "run",
+                start_from=asked.first if asked.tuning else None,
+                provenance=asked.record | record | _names(opened, learnt, held, parted),
+                devices=asked.devices,
+                listeners=[diary, *told],
+            )
+        unchanged = asked.tuning and picker.fingerprint == asked.first.fingerprint
+        if not asked.calibrate or held is None or unchanged:
+            return picker
+        return calibrated(picker, parted.validation, progress=progress)
 
 
 def _refuse_unseen(options: TrainOptions) -> None:
