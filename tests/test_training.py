@@ -300,7 +300,7 @@ def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
     _has_begun(tmp_path)
     with pytest.raises(CheckpointError, match="differs in examples"):
         _tune(tmp_path, [_phantom(5)])
-    with pytest.raises(CheckpointError, match=r"differs in epochs 2 \(now 3\)"):
+    with pytest.raises(CheckpointError, match=r"differs in epochs 2 \(now 3\);"):
         _tune(tmp_path, epochs=3)
     (tmp_path / "run.json").write_text("{")
     with pytest.raises(CheckpointError, match="choose another folder"):

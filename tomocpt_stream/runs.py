@@ -154,8 +154,11 @@ def claim(folder: Path, record: Mapping[str, Any], *, begun: Path | None = None)
         there = {}
     there = there if isinstance(there, dict) else {}
     if there != wanted:
+        phrases = list(_differing(there, wanted))
+        if any(phrase.startswith("epochs ") for phrase in phrases):  # of which the steps are made
+            phrases = [phrase for phrase in phrases if not phrase.startswith("steps ")]
         raise CheckpointError(
-            f"{folder} holds a run that differs in {', '.join(_differing(there, wanted))}",
+            f"{folder} holds a run that differs in {', '.join(phrases)}",
             expected="an empty folder, or one of a run on the same examples with the same options",
             remedy="choose another folder",
         )
