@@ -17,7 +17,6 @@ import json
 import os
 import platform
 import shutil
-import subprocess
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -29,6 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from bench_pipeline import commit
 from paper_experiments import EXPERIMENTS, FULL, SMALL, TINY, Preset, Trial, run_trial, specs_of
 from paper_methods import Bench, Network, acquaintance
 from paper_page import Pages
@@ -220,13 +220,6 @@ def _head(asked: argparse.Namespace, preset: Preset, trials: list[Trial]) -> lis
         "seconds of the last part of a trial, training included",
         "- averages of what was picked (figure 4) take RELION and M, and are not here",
     ]
-
-
-def commit() -> str:
-    """Return the commit that a page is printed by."""
-    git = ["git", "rev-parse", "--short", "HEAD"]
-    done = subprocess.run(git, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
 
 
 if __name__ == "__main__":

@@ -317,15 +317,20 @@ def network_table(shape: tuple[int, int, int], repeats: int, source: str, device
     ]
 
 
+def commit() -> str:
+    """Return the commit that a page is printed by."""
+    git = ["git", "rev-parse", "--short", "HEAD"]
+    done = subprocess.run(git, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"
+
+
 def versions(script: str = "bench_pipeline.py", *others: str) -> list[str]:
     """Return what the figures depend on: commit, machine, versions; `others` are further packages."""
-    git = ["git", "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(git, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
     names = ("numpy", "scipy", "torch", "zarr", "monai", "scikit-image", *others)
     machine = f"{os.cpu_count()} CPUs, {platform.machine()}, {platform.system()}"
     words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
     return [
-        f"- commit {commit.stdout.strip() or 'unknown'}, {dt.datetime.now(tz=dt.UTC):%Y-%m-%d}",
+        f"- commit {commit()}, {dt.datetime.now(tz=dt.UTC):%Y-%m-%d}",
         f"- {machine}, CPython {platform.python_version()}",
         "- " + ", ".join(f"{name} {metadata.version(name)}" for name in names),
         f"- `{' '.join([f'python benchmarks/{script}', *words])}`",

@@ -26,7 +26,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from bench_paper import PART_OVER, PartOver, clock, commit, hardware, publish
+from bench_paper import PART_OVER, PartOver, clock, hardware, publish
+from bench_pipeline import commit
 from paper_methods import FLOOR, acquaintance, digest
 from sim10a_lessons import Lesson, teach, waited
 from sim10a_page import write_page

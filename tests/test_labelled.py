@@ -395,6 +395,12 @@ def test_a_tilt_series_name_of_another_size_is_no_name_of_a_tomogram(tmp_path: P
     assert len(open_labelled(rows[:1], picker)[0].picks) == 1
     with pytest.raises(FormatError, match="0 tables for 'TS_1_5"):
         open_labelled(rows[1:], picker)
+    # Not even as the only tomogram of a file that no other row names.
+    _classes(path, ("TS_1_10.00Apx", 1))
+    with pytest.raises(FormatError, match="0 tables for 'TS_1_5"):
+        open_labelled(rows[1:], picker)
+    _classes(path, ("another_name", 1))
+    assert len(open_labelled(rows[1:], picker)[0].picks) == 1
 
 
 @pytest.mark.parametrize("suffix", ["csv", "tsv", "star", "json", "ndjson", "mod", "coords"])

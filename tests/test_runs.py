@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import fcntl
+import os
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -8,8 +9,10 @@ import pytest
 import torch
 
 from tomocpt_stream.errors import CheckpointError
-from tomocpt_stream.runs import STATE, Run, alone_in, claim
+from tomocpt_stream.picker import load_picker
+from tomocpt_stream.runs import BEST, STATE, Run, alone_in, claim
 from tomocpt_stream.train_options import Pace, TrainOptions
+from tomocpt_stream.whole import write_whole
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -85,6 +88,23 @@ def test_a_folder_belongs_to_one_run(tmp_path: Path) -> None:
         (tmp_path / "a" / "run.json").write_text(text)
         with pytest.raises(CheckpointError, match="choose another folder"):
             claim(tmp_path / "a", {"epochs": 2, "examples": ["x"]})
+
+
+def test_what_a_run_goes_on_from_is_on_the_disk_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, picker = _run(tmp_path), load_picker("base")
+    named: list[list[str]] = []
+
+    def settled(_: int) -> None:
+        named.append(sorted(path.name for path in tmp_path.iterdir() if path.suffix != ".partial"))
+
+    monkeypatch.setattr(os, "fsync", settled)
+    picker.save(tmp_path / BEST)
+    run.keep_state()
+    write_whole(tmp_path / "run.json", "{}")
+    # One at a time, each while it has a temporary name.
+    assert named == [[], [BEST], [BEST, STATE]]
 
 
 def test_a_run_that_has_learnt_nothing_makes_way(tmp_path: Path) -> None:

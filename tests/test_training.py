@@ -307,6 +307,12 @@ def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
         _tune(tmp_path)
 
 
+def test_a_mistake_in_a_row_leaves_nothing_behind(tmp_path: Path) -> None:
+    with pytest.raises(SourceError):
+        _tune(tmp_path / "folder", [LabelledTomogram(tmp_path / "none.mrc", tmp_path / "none.star", 100.0)])
+    assert not list(tmp_path.iterdir())
+
+
 def test_two_processes_do_not_prepare_one_folder(tmp_path: Path) -> None:
     with alone_in(tmp_path), pytest.raises(CheckpointError, match="another process trains in"):
         _tune(tmp_path)

@@ -106,7 +106,7 @@ def train_base(
 
     A folder of an earlier, interrupted run with the same recipe is taken up where it was left; one of
     another run is a CheckpointError. `start` gives the first weights; PlanError where it knows particles of
-    another radius, or in other windows.
+    another radius, or in other windows, or is of another architecture.
     """
     recipe, place = recipe or Recipe(), Path(folder)
     if start is not None:

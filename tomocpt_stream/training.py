@@ -210,8 +210,8 @@ def _train(
 ) -> Picker:
     """Prepare the tomograms, part them, learn, calibrate; no other process does so in the same folder."""
     check_devices(asked.devices)
+    opened, epochs, seed = open_labelled(examples, asked.first), asked.options.steps, asked.options.seed
     with alone_in(asked.folder):
-        opened, epochs, seed = open_labelled(examples, asked.first), asked.options.steps, asked.options.seed
         record = {
             "epochs": epochs,
             "examples": [one.fingerprint for one in opened],

@@ -99,18 +99,14 @@ class TruthFiles:
 
     def _name(self, key: str, tables: list[Picks], tomogram: Tomogram) -> str | None:
         """Return what a file calls a tomogram; None where none of its tomograms is that one."""
-        names = {table.tomogram for table in tables}
-        if tomogram.name in names:
+        if any(table.tomogram == tomogram.name for table in tables):
             return tomogram.name
-        series = series_name(tomogram.name)
-        alike = {
-            table.tomogram
-            for table in tables
-            if series_name(table.tomogram) == series and _may_count(table, tomogram)
-        }
+        names = {table.tomogram for table in tables}
+        able = {table.tomogram for table in tables if _may_count(table, tomogram)}
+        alike = {name for name in able if series_name(name) == series_name(tomogram.name)}
         if len(alike) == 1:
             return alike.pop()
-        return names.pop() if len(names) == 1 and key not in self._shared else None
+        return able.pop() if len(names) == len(able) == 1 and key not in self._shared else None
 
 
 def _key(path: str | Path) -> str:
