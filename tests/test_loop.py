@@ -108,7 +108,8 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(
     assert not none.steps
 
 
-def test_a_run_that_was_ended_for_now_does_no_step_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("last", [2, 3])  # at a checkpoint, and between two
+def test_a_run_that_was_ended_for_now_does_no_step_again(tmp_path: Path, last: int) -> None:
     def run(folder: str, *listeners: Listener) -> Picker:
         return learn(
             [two_balls(0)],
@@ -119,15 +120,15 @@ def test_a_run_that_was_ended_for_now_does_no_step_again(tmp_path: Path) -> None
         )
 
     def late(step: Step) -> None:
-        if step.step == 2:  # a checkpoint
+        if step.step == last:
             raise TimeOver
 
     first, rest = _Witness(), _Witness()
     with pytest.raises(TimeOver):
         run("parts", OnStep(late), first)
     parts = run("parts", rest)
-    assert [step.step for step in first.steps] == [1, 2]
-    assert [step.step for step in rest.steps] == [3, 4]
+    assert [step.step for step in first.steps] == list(range(1, last + 1))
+    assert [step.step for step in rest.steps] == list(range(last + 1, 5))
     assert [len(one.looks) for one in (first, rest)] == [1, 1]
     assert parts.fingerprint == run("whole", _Witness()).fingerprint
 
